@@ -1,0 +1,219 @@
+"""Typed, frozen settings. Every value is checked when the object is made; errors name the field and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from rabatch.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+Method = Literal["dense", "streaming", "flat", "graph"]
+METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph")
+
+
+class _Checked:
+    """`to_dict`, `from_dict` that rejects unknown fields, and small range checks."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    name, values[name], f"unknown field of {cls.__name__}; known: {', '.join(sorted(known))}"
+                )
+        return cls(**values)
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
+                raise ConfigError(name, value, f"must be a number >= {low}")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """Which model, and how it is loaded.
+
+    Args:
+        name: Hub name or path of a Hugging Face causal language model; ``"demo"`` is the one in the package.
+        revision: Hub revision (branch, tag or commit).
+        device: ``"auto"`` (CUDA if there is a card), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        dtype: Compute dtype; ``"auto"`` is float32 on a CPU and the checkpoint's own on CUDA.
+        trust_remote_code: Run code that comes with the model. Off unless asked for.
+        context_template: Text of the prompt around the document and question, with ``{document}`` and
+            ``{question}`` once each, the document first. None: the demo's form inside the tokenizer's chat template.
+    """
+
+    name: str = "demo"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    context_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("model", self.name, "give a model name or path, or 'demo'")
+        self._one_of("dtype", ("auto", *DTYPES))
+        if not (self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"):
+            raise ConfigError("device", self.device, "must be auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig(_Checked):
+    """The attention-aware graph of one (layer, KV head).
+
+    Args:
+        degree: Links per key. Fewer: smaller index, lower recall.
+        key_neighbors: How many of the links are nearest keys (the rest come from queries). 0 trusts the sampled
+            queries alone, `degree` ignores them.
+        entry_points: Where a search starts: the keys that most sampled queries rank first.
+    """
+
+    degree: int = 32
+    key_neighbors: int = 14
+    entry_points: int = 16
+
+    def __post_init__(self) -> None:
+        self._at_least(4, "degree")
+        self._at_least(0, "key_neighbors")
+        self._at_least(1, "entry_points")
+        if self.key_neighbors > self.degree - 2:
+            raise ConfigError("key_neighbors", self.key_neighbors, f"must be <= degree - 2 = {self.degree - 2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(_Checked):
+    """What is stored of a document: part of the fingerprint, so a change means a new index.
+
+    Args:
+        sink_tokens, window_tokens: The static set: first and last context tokens, attended by every query and
+            kept out of the key index (RetrievalAttention, section 3: 128 + 512).
+        index: ``"graph"``, or ``"none"`` to store keys and values only (recipes dense, streaming and flat).
+        graph: Parameters of the graph.
+        query_share: Share of the context's query vectors, per query head, whose top-k keys are kept.
+        query_top_k: How many keys per sampled query (N_q of RoarGraph).
+        prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
+            so it is not part of the fingerprint.
+        kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
+    """
+
+    sink_tokens: int = 128
+    window_tokens: int = 512
+    index: Literal["graph", "none"] = "graph"
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    query_share: float = 0.25
+    query_top_k: int = 32
+    prefill_chunk_tokens: int = 2048
+    kv_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.graph, dict):
+            object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
+        self._at_least(0, "sink_tokens")
+        self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
+        self._one_of("index", ("graph", "none"))
+        self._one_of("kv_dtype", ("auto", *DTYPES))
+        if not 0 < self.query_share <= 1:
+            raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
+
+    def stored_fields(self) -> dict[str, Any]:
+        """The fields that change stored numbers."""
+        fields = self.to_dict()
+        del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
+        if self.index == "none":
+            for name in ("graph", "query_share", "query_top_k"):
+                del fields[name]
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(_Checked):
+    """How a question attends a stored context.
+
+    Args:
+        method: ``dense`` (every key), ``streaming`` (static set only), ``flat`` (static set + exact top-k),
+            ``graph`` (static set + top-k found by graph search).
+        top_k: Keys retrieved per query head beyond the static set. At least as many as the index holds: full budget.
+        search_list: Candidates kept during graph search (ef); higher finds more and costs more. 0: 2 x top_k.
+        question_attention: How the question's tokens attend the context: ``exact`` (all keys) or ``index``
+            (like generated tokens).
+    """
+
+    method: Method = "graph"
+    top_k: int = 100
+    search_list: int = 0
+    question_attention: Literal["exact", "index"] = "index"
+
+    def __post_init__(self) -> None:
+        self._one_of("method", METHODS)
+        self._at_least(1, "top_k")
+        self._at_least(0, "search_list")
+        self._one_of("question_attention", ("exact", "index"))
+
+    @property
+    def effective_search_list(self) -> int:
+        """The number of candidates a graph search keeps; never below `top_k`."""
+        return max(self.search_list or 2 * self.top_k, self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(_Checked):
+    """Overrides of the model's own `GenerationConfig`; names and meaning are transformers'.
+
+    `seed` makes sampling repeatable: each question draws from its own stream, seeded by (seed, question id).
+    """
+
+    max_new_tokens: int = 64
+    stop_strings: tuple[str, ...] = ()
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        self._at_least(1, "max_new_tokens")
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            raise ConfigError("stop_strings", self.stop_strings, "must be non-empty strings")
+        for name, low, high in (("temperature", 0.0, float("inf")), ("top_p", 0.0, 1.0)):
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise ConfigError(name, value, f"must be in ({low}, {high}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources(_Checked):
+    """What the jobs take of the cluster. 0 for an actor count: as many as the cluster has room for.
+
+    Args:
+        prefill_actors, graph_actors, answer_actors: Pool sizes.
+        gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
+        cpus_per_actor: Logical CPUs of one actor; also its threads.
+        questions_per_batch: Questions of one document decoded together.
+    """
+
+    prefill_actors: int = 0
+    graph_actors: int = 0
+    answer_actors: int = 0
+    gpus_per_actor: float | None = None
+    cpus_per_actor: int = 1
+    questions_per_batch: int = 16
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "prefill_actors", "graph_actors", "answer_actors")
+        self._at_least(1, "cpus_per_actor", "questions_per_batch")
+        if self.gpus_per_actor is not None:
+            self._at_least(0, "gpus_per_actor")
