@@ -1,0 +1,58 @@
+"""How kernels are compiled and run: numba, cached on disk, without the GIL, on plain Python threads.
+
+Threads are Python's, not numba's `prange`: its default threading layer may not be entered from two threads at once
+and has one process-wide count. A Ray actor passes its own `threads`.
+
+The machine code is cached beside the source, or, where that is read-only, in the user's cache folder
+(`NUMBA_CACHE_DIR` overrides both); files are replaced atomically and keyed by CPU, so processes may share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+
+from rabatch.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`numba.njit` with fastmath, no GIL, and the disk cache where any folder for it is writable."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:  # "cannot cache function ...: no locator available"
+        _log.warning("kernel %s is compiled anew in every process: %s", function.__name__, error)
+        return numba.njit(**options)(function)
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="rabatch-index")
+
+
+def run_ranges(kernel: Callable[[int, int], Any], n: int, *, threads: int, chunks_per_thread: int = 4) -> None:
+    """Call `kernel(start, stop)` over ranges that cover 0 .. n, on `threads` threads; ranges must be independent."""
+    if threads < 1:
+        raise ConfigError("threads", threads, "must be >= 1")
+    if threads == 1 or n <= 1:
+        kernel(0, n)
+        return
+    bounds = np.linspace(0, n, min(threads * chunks_per_thread, n) + 1).astype(int).tolist()
+    # A forked child inherits the pool object but not its threads, hence the process id in the key.
+    list(_pool(threads, os.getpid()).map(kernel, bounds[:-1], bounds[1:]))
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A C-contiguous, read-only view: numba compiles a kernel once for stored (read-only) and fresh arrays alike."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,290 @@
+"""Build: documents in, committed indexes out.
+
+A planning pass finds faulty, double and already indexed documents. The others run through Ray Data: read, prefill
+(model actors), graph construction and writing (CPU actors); the driver commits a document's manifest when its last
+part is written. Killed at any point and run again, a build finishes what is missing and repeats nothing committed.
+
+    python -m rabatch.jobs.build documents/ --store index/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import ray.exceptions
+from tqdm import tqdm
+
+from rabatch.config import BuildConfig, ModelConfig, Resources
+from rabatch.errors import RabatchError, StoreError
+from rabatch.fingerprint import index_fields
+from rabatch.indexing import make_manifest
+from rabatch.jobs import cluster
+from rabatch.jobs.output import write_rows
+from rabatch.jobs.plan import Planned, plan_documents, read_documents
+from rabatch.jobs.results import BuildResult, count
+from rabatch.jobs.settings import model_settings, resolved_model
+from rabatch.jobs.sources import Source, Units, list_units
+from rabatch.jobs.stages import GraphActor, PrefillActor, StoreAddress, raise_fatal, reason
+from rabatch.records import BUILD_REPORT
+from rabatch.storage.manifest import Manifest, Part, fingerprint_of, utc_now
+from rabatch.storage.store import IndexStore
+
+_BF16_BYTES = 2
+
+
+def build(
+    documents: Source,
+    *,
+    store: str,
+    model: ModelConfig | str | None = None,
+    config: BuildConfig | None = None,
+    resources: Resources | None = None,
+    address: str | None = None,
+    storage_options: dict[str, Any] | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    report: str | None = None,
+) -> BuildResult:
+    """Index every document that is not indexed yet.
+
+    Args:
+        documents: A path or fsspec URL (a folder of .txt and .md, .jsonl, .parquet), a `ray.data.Dataset`, a
+            `pyarrow.Table` or a list of dicts, with `document_id` and `text`; other columns become metadata.
+        store: Path or fsspec URL of the index store; made if there is none.
+        model: Settings, or a hub name or path. The default is the demo model.
+        config: What is stored. A change means new indexes beside the old ones.
+        resources: Actors, their CPUs and GPUs.
+        address: Of a Ray cluster. None: an embedded Ray.
+        storage_options: Of fsspec, for `documents` and `store`.
+        limit: Only the first rows of the input.
+        progress: A bar over documents on stderr.
+        report: Where to write the result's rows: a path or URL that ends in ``.parquet`` or ``.jsonl``.
+
+    Returns:
+        One row per row of the input. A bad document is a row with status ``failed`` and the reason.
+
+    Raises:
+        RabatchError: The job as a whole cannot run: no such source, model or store.
+    """
+    began = time.perf_counter()
+    config = config or BuildConfig()
+    resources = resources or Resources()
+    settings = model_settings(model)
+    store_url = cluster.worker_url(store, "store")
+    index_fields(resolved_model(settings, has_cuda=False), config)  # a missing model is found before Ray starts
+    connected = cluster.connect(address)
+    units = list_units(documents, field="documents", storage_options=storage_options)
+    index = IndexStore(store_url, create=True, storage_options=storage_options)
+    settings = resolved_model(settings, has_cuda=connected.gpus > 0)
+    fields = index_fields(settings, config)
+    job = _Job(units, plan_documents(units, limit=limit), index, fields, fingerprint_of(fields))
+    numbers = job.skip_committed()
+    if numbers:
+        options = {"model": settings, "config": config, "resources": resources, "connected": connected}
+        address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
+        with tqdm(total=len(numbers), desc="build", unit="doc", file=sys.stderr, disable=not progress) as bar:
+            for row in _run(units, job.planned, numbers, address_of_parts, **options):
+                bar.update(job.take(row))
+    result = job.result(seconds=time.perf_counter() - began)
+    if report is not None:
+        write_rows(report, result.rows, BUILD_REPORT, storage_options=storage_options)
+    return result
+
+
+def _run(
+    units: Units,
+    planned: list[Planned],
+    numbers: list[int],
+    parts: StoreAddress,
+    *,
+    model: ModelConfig,
+    config: BuildConfig,
+    resources: Resources,
+    connected: cluster.Cluster,
+) -> Iterator[dict[str, Any]]:
+    """Rows about parts and failures, as they come."""
+    gpus = cluster.gpus_per_actor(resources, model.device)
+    threads = resources.cpus_per_actor
+    prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus)
+    with cluster.dataset_context(row_blocks=True):
+        rows = (
+            read_documents(units, planned, numbers)
+            .map_batches(
+                PrefillActor,
+                fn_constructor_args=(model, config, threads),
+                **cluster.actor_options(prefill, cpus=threads, gpus=gpus),
+            )
+            .map_batches(
+                GraphActor,
+                fn_constructor_args=(parts, config, threads),
+                **cluster.actor_options(graph, cpus=threads, gpus=0),
+            )
+        )
+        yield from cluster.rows_of(rows)
+
+
+@dataclass
+class _Open:
+    """A document under way: what is known of it until its last part is written."""
+
+    parts: dict[tuple[str, int, int], Part] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)  # of the tokens part: it carries text and metadata
+    graph_s: float = 0.0
+    write_s: float = 0.0
+
+
+class _Job:
+    """The driver's view: which documents are planned, under way, committed, failed."""
+
+    def __init__(
+        self, units: Units, planned: list[Planned], store: IndexStore, fields: dict[str, Any], fingerprint: str
+    ) -> None:
+        self.units = units
+        self.planned = planned
+        self.fingerprint = fingerprint
+        self._store = store
+        self._fields = fields
+        self._open: dict[int, _Open] = {}
+        self._reports: dict[int, dict[str, Any]] = {}
+        self._manifests: dict[int, Manifest] = {}
+
+    def skip_committed(self) -> list[int]:
+        """Report faulty and already indexed documents; the numbers of the others."""
+        newest: dict[str, Manifest] = {}
+        known: dict[tuple[str, str], Manifest] = {}
+        for manifest in self._store.manifests(on_error=lambda path, error: None):
+            if manifest.fingerprint == self.fingerprint:
+                known[manifest.document_id, manifest.content_sha256] = manifest
+                held = newest.get(manifest.document_id)
+                if held is None or manifest.created_at > held.created_at:
+                    newest[manifest.document_id] = manifest
+        numbers = []
+        for number, row in enumerate(self.planned):
+            manifest_known = known.get((row.document_id, row.content_sha256))
+            if row.error is not None:
+                self._report(number, "failed", error=row.error)
+            elif manifest_known is None:
+                numbers.append(number)
+            else:
+                if newest[row.document_id] is not manifest_known:
+                    manifest_known = self._renew(manifest_known)
+                self._report(number, "skipped", manifest=manifest_known)
+        return numbers
+
+    def _renew(self, manifest: Manifest) -> Manifest:
+        """A document whose text went back to an earlier one: that index becomes the newest again."""
+        manifest = dataclasses.replace(manifest, created_at=utc_now())
+        self._store.folder.write(manifest.path, manifest.to_json().encode())
+        return manifest
+
+    def take(self, row: dict[str, Any]) -> int:
+        """Enter what the actors report of a part; how many documents that finishes."""
+        number = row["number"]
+        if row["fatal"] is not None:
+            raise_fatal(row["fatal"])
+        if number in self._reports:
+            return 0
+        if row["error"] is not None:
+            self._open.pop(number, None)
+            self._report(number, "failed", error=row["error"])
+            return 1
+        document = self._open.setdefault(number, _Open())
+        part = Part(**json.loads(row["part"]))
+        if (part.kind, part.layer, part.head_start) in document.parts:
+            return 0  # a dead actor's work, done twice
+        document.parts[part.kind, part.layer, part.head_start] = part
+        document.graph_s += row["graph_s"]
+        document.write_s += row["write_s"]
+        if "text" in row:
+            document.row = row
+        if len(document.parts) < row["n_units"]:
+            return 0
+        del self._open[number]
+        self._commit(number, document)
+        return 1
+
+    def _commit(self, number: int, document: _Open) -> None:
+        row = document.row
+        stats = {"prefill_s": row["prefill_s"], "graph_s": document.graph_s, "write_s": document.write_s}
+        try:
+            manifest = self._store.commit(
+                make_manifest(
+                    document_id=self.planned[number].document_id,
+                    text=row["text"],
+                    metadata=json.loads(row["metadata"]),
+                    fingerprint_fields=self._fields,
+                    fingerprint=self.fingerprint,
+                    units_geometry=row["geometry"],
+                    context_tokens=row["context_tokens"],
+                    parts=list(document.parts.values()),
+                    stats=stats,
+                )
+            )
+        except StoreError as error:
+            self._report(number, "failed", error=reason(error))
+        else:
+            self._report(number, "built", manifest=manifest, stats=stats)
+
+    def _report(
+        self,
+        number: int,
+        status: str,
+        *,
+        error: str | None = None,
+        manifest: Manifest | None = None,
+        stats: dict[str, float] | None = None,
+    ) -> None:
+        stats = stats or {}
+        if manifest is not None:
+            self._manifests[number] = manifest
+        self._reports[number] = {
+            "document_id": self.planned[number].document_id,
+            "source": self.planned[number].source,
+            "status": status,
+            "reason": error,
+            "context_tokens": manifest.context_tokens if manifest else 0,
+            "stored_bytes": manifest.stored_bytes if manifest else 0,
+            "prefill_s": stats.get("prefill_s", 0.0),
+            "graph_s": stats.get("graph_s", 0.0),
+            "fingerprint": self.fingerprint,
+        }
+
+    def result(self, *, seconds: float) -> BuildResult:
+        """Close the books: what never arrived was lost with its actor."""
+        for number in range(len(self.planned)):
+            if number not in self._reports:
+                fix = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors or "
+                self._report(number, "failed", error=fix + "a smaller prefill_chunk_tokens, then run again")
+        rows = [self._reports[number] for number in range(len(self.planned))]
+        counts = count(rows)
+        return BuildResult(
+            rows=rows,
+            built=counts["built"],
+            skipped=counts["skipped"],
+            failed=counts["failed"],
+            tokens=sum(row["context_tokens"] for row in rows),
+            stored_bytes=sum(row["stored_bytes"] for row in rows),
+            kv_bytes=sum(kv_bytes(manifest) for manifest in self._manifests.values()),
+            seconds=seconds,
+            fingerprint=self.fingerprint,
+        )
+
+
+def kv_bytes(manifest: Manifest) -> int:
+    """Bytes of the context's keys and values in bf16, every layer in full."""
+    shape = manifest.geometry
+    return manifest.context_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * _BF16_BYTES
+
+
+if __name__ == "__main__":
+    from rabatch.cli import main
+
+    sys.exit(main(["build", *sys.argv[1:]]))

@@ -1,0 +1,207 @@
+"""Connecting to Ray, and how many actors of what size a job runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.job_config import JobConfig
+
+import rabatch
+from rabatch.config import Resources
+from rabatch.errors import ConfigError
+
+MIN_LOCAL_CPUS = 4
+"""Logical CPUs of the embedded Ray at least: with fewer, two actor pools and a reader do not fit beside each other."""
+
+TASK_RETRIES = 3
+"""How often the work of a dead actor is tried again. Not without end: a document that kills its actor always would
+otherwise keep the job from finishing."""
+
+READER_CPUS = 0.5
+
+_EXCLUDED = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build", "dist", "tests", "benchmarks"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected Ray has.
+
+    Args:
+        cpus: Logical CPUs.
+        gpus: CUDA devices.
+        cores: Physical parallelism: `cpus`, or less where the embedded Ray declares more CPUs than there are.
+    """
+
+    cpus: int
+    gpus: int
+    cores: int
+
+
+def checkout_root() -> Path | None:
+    """The checkout this code runs from; None if it is installed as a wheel."""
+    root = Path(rabatch.__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def connect(address: str | None = None) -> Cluster:
+    """Join a Ray cluster, or start one inside this process; a Ray that is already initialised is used as it is.
+
+    Args:
+        address: ``"auto"``, ``"host:port"``, ``"ray://host:port"``. None: the environment's ``RAY_ADDRESS``, else an
+            embedded Ray with max(4, cores) logical CPUs.
+
+    Raises:
+        ConfigError: the address does not answer.
+    """
+    _quiet()
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    root = checkout_root()
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
+        if address == "local":
+            if root is not None:  # the workers of a local Ray see the checkout itself
+                options["job_config"] = JobConfig(_py_driver_sys_path=[str(root)])
+        else:
+            options = {}
+            inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # the job has brought its own code
+            if root is not None and not inside_job:
+                options["runtime_env"] = {"working_dir": str(root), "excludes": _EXCLUDED}
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            fix = f"no Ray cluster answers there ({_first_line(error)}); leave it out for a local one"
+            raise ConfigError("address", address, fix) from error
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    alone = len(ray.nodes()) == 1
+    return Cluster(cpus=cpus, gpus=gpus, cores=min(cpus, os.cpu_count() or cpus) if alone else cpus)
+
+
+def _quiet() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def dataset_context(*, row_blocks: bool) -> Iterator[None]:
+    """The settings of the datasets made inside.
+
+    A dead actor's work is tried `TASK_RETRIES` times; what fails then is dropped, and the driver, which knows what it
+    asked for, reports it.
+
+    Args:
+        row_blocks: Keep one row per block and pass each on as soon as it is made. A row is up to 128 MiB of keys or a
+            document that takes hours, so rows must spread over the actors one by one.
+    """
+    context = ray.data.DataContext.get_current().copy()
+    if row_blocks:
+        context.target_max_block_size = 1  # bytes: every row exceeds it
+    context.max_errored_blocks = -1
+    context.execution_no_progress_timeout_s = -1  # one chunk of a long prefill may take as long as it takes
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        yield
+
+
+def actor_options(pool: int, *, cpus: float, gpus: float) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of `pool` actors that take one row at a time."""
+    return {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "max_restarts": -1,
+        "max_task_retries": TASK_RETRIES,
+    }
+
+
+def gpus_per_actor(resources: Resources, device: str) -> float:
+    """GPUs of one model actor."""
+    if resources.gpus_per_actor is not None:
+        return resources.gpus_per_actor
+    return 1.0 if device.startswith("cuda") else 0.0
+
+
+def build_pools(resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float) -> tuple[int, int]:
+    """Sizes of the prefill pool and of the graph pool.
+
+    Raises:
+        ConfigError: the cluster has not enough CPUs or GPUs for one actor of each.
+    """
+    cpus = resources.cpus_per_actor
+    _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus)
+    room = int((cluster.cpus - READER_CPUS) // cpus)
+    if resources.prefill_actors:
+        prefill = resources.prefill_actors
+    else:
+        prefill = int(cluster.gpus // gpus) if gpus else max(1, cluster.cores // (2 * cpus))
+        prefill = max(1, min(prefill, n_documents, room - 1))
+    graph = resources.graph_actors or max(1, min(cluster.cores // cpus, room - prefill))
+    _check_fits(cluster, cpus=(prefill + graph) * cpus + READER_CPUS, gpus=prefill * gpus)
+    return prefill, graph
+
+
+def answer_pool(resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float) -> int:
+    """Size of the answer pool.
+
+    Raises:
+        ConfigError: the cluster has not enough CPUs or GPUs.
+    """
+    cpus = resources.cpus_per_actor
+    size = resources.answer_actors
+    if not size:
+        size = int(cluster.gpus // gpus) if gpus else cluster.cores // cpus
+        size = max(1, min(size, n_rows, cluster.cpus // cpus))
+    _check_fits(cluster, cpus=size * cpus, gpus=size * gpus)
+    return size
+
+
+def _check_fits(cluster: Cluster, *, cpus: float, gpus: float) -> None:
+    if cpus > cluster.cpus:
+        fix = f"the actors need {cpus:g} logical CPUs, the cluster has {cluster.cpus}; use fewer actors or CPUs"
+        raise ConfigError("resources", f"{cpus:g} CPUs", fix)
+    if gpus > cluster.gpus:
+        fix = f"the actors need {gpus:g} GPUs, the cluster has {cluster.gpus}; use fewer actors, or device cpu"
+        raise ConfigError("resources", f"{gpus:g} GPUs", fix)
+
+
+def limit_threads(threads: int) -> None:
+    """Cap the thread pools of this process: torch, and numba and faiss where they are loaded."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if "numba" in sys.modules:
+        numba = sys.modules["numba"]
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if "faiss" in sys.modules:
+        sys.modules["faiss"].omp_set_num_threads(threads)
+
+
+def worker_url(url: str, field: str) -> str:
+    """`url` as every worker understands it: local paths made absolute.
+
+    Raises:
+        ConfigError: it names memory of one process.
+    """
+    if url.startswith("memory:"):
+        raise ConfigError(field, url, "lives in one process, the actors are others; use a path or an s3:// URL")
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))

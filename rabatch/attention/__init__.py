@@ -1,0 +1,1 @@
+"""Attention over a stored context: the seam to transformers, partial results and their merge, evidence."""

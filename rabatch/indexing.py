@@ -1,0 +1,118 @@
+"""From a prefilled unit to stored parts: graph construction, which needs no model, and the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from rabatch.config import BuildConfig
+from rabatch.index.graph import build_graph
+from rabatch.prefill import Unit, index_range, unit_array, unit_tensor
+from rabatch.storage.manifest import Geometry, Manifest, Part, utc_now
+from rabatch.storage.parts import LayerBlock, TokensBlock
+from rabatch.storage.store import IndexStore
+
+
+def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
+    """Keys, values and, for a full-attention layer of a graph index, one graph per KV head."""
+    geometry = read_geometry(unit["geometry"])
+    heads = unit["head_stop"] - unit["head_start"]
+    keys = unit_tensor(unit["keys"], geometry.kv_dtype, heads, geometry.head_dim)
+    values = unit_tensor(unit["values"], geometry.kv_dtype, heads, geometry.head_dim)
+    n_tokens, rows = unit["context_tokens"], keys.shape[1]
+    neighbors = entries = None
+    start, stop = index_range(n_tokens, build)
+    sliding = geometry.sliding_windows[unit["layer"]]
+    if build.index == "graph" and not sliding:
+        lists = unit_array(unit["lists"], np.int32).reshape(heads, -1, build.query_top_k)
+        graphs = []
+        for head in range(heads):
+            indexed = np.ascontiguousarray(keys[head, start:stop].float().numpy())
+            ranked = lists[head][lists[head][:, 0] >= 0]
+            graphs.append(build_graph(indexed, ranked, config=build.graph, threads=threads))
+        neighbors = np.stack([graph.neighbors for graph in graphs])
+        width = max(1, max(len(graph.entries) for graph in graphs))
+        entries = np.full((heads, width), -1, dtype=np.int32)
+        for head, graph in enumerate(graphs):
+            entries[head, : len(graph.entries)] = graph.entries
+    return LayerBlock(
+        layer=unit["layer"],
+        head_start=unit["head_start"],
+        positions=np.arange(n_tokens - rows, n_tokens, dtype=np.int32),
+        keys=keys,
+        values=values,
+        neighbors=neighbors,
+        entries=entries,
+        index_start=0 if sliding else start,
+    )
+
+
+def store_unit(
+    store: IndexStore,
+    unit: Unit,
+    build: BuildConfig,
+    *,
+    document_id: str,
+    fingerprint: str,
+    attempt: str,
+    threads: int = 1,
+) -> tuple[Part, float]:
+    """Write one unit as a part; returns the part and the seconds that graph construction took."""
+    where = {"document_id": document_id, "fingerprint": fingerprint, "attempt": attempt}
+    if unit["unit_kind"] == "tokens":
+        token_ids = unit_array(unit["token_id"], np.int32)
+        tokens = TokensBlock(
+            positions=np.arange(len(token_ids), dtype=np.int32),
+            token_ids=token_ids,
+            char_start=unit_array(unit["char_start"], np.int64),
+            char_end=unit_array(unit["char_end"], np.int64),
+        )
+        return store.put_tokens(tokens, **where), 0.0
+    began = time.perf_counter()
+    block = layer_block(unit, build, threads=threads)
+    seconds = time.perf_counter() - began
+    return store.put_layer(block, **where), seconds
+
+
+def make_manifest(
+    *,
+    document_id: str,
+    content_sha256: str,
+    text_chars: int,
+    metadata: dict[str, Any],
+    fingerprint_fields: dict[str, Any],
+    fingerprint: str,
+    units_geometry: str,
+    context_tokens: int,
+    parts: list[Part],
+    stats: dict[str, Any],
+) -> Manifest:
+    """The manifest that commits a document once all its parts are written."""
+    return Manifest(
+        document_id=document_id,
+        content_sha256=content_sha256,
+        fingerprint=fingerprint,
+        fingerprint_fields=fingerprint_fields,
+        context_tokens=context_tokens,
+        text_chars=text_chars,
+        created_at=utc_now(),
+        geometry=read_geometry(units_geometry),
+        parts=tuple(sorted(parts, key=lambda p: (p.layer, p.head_start))),
+        metadata=metadata,
+        stats=stats,
+    )
+
+
+def content_digest(text: str) -> str:
+    """SHA-256 of a document's text as UTF-8, in hex; lone surrogates count as they are."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_geometry(text: str) -> Geometry:
+    """The geometry a unit carries as JSON."""
+    values = json.loads(text)
+    return Geometry(**{**values, "sliding_windows": tuple(values["sliding_windows"])})

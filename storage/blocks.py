@@ -1,0 +1,151 @@
+"""What a part holds, in memory: one layer's keys, values and graph for a range of KV heads, and the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rabatch.errors import StoreError
+
+MAX_PART_BYTES = 1 << 30
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerBlock:
+    """Keys, values and graph of consecutive KV heads of one layer, in memory.
+
+    Args:
+        head_start: Number of the first head in the block.
+        positions: [rows] int32, the context position of each row; shared by the heads.
+        keys, values: [n_heads, rows, head_dim], float32, bfloat16 or float16.
+        neighbors: [n_heads, index_rows, degree] int32 ids in [0, index_rows), -1 for none; id `i` is row
+            `index_start + i`. None: the layer has no graph.
+        entries: [n_heads, E] int32 ids where a search starts. None without a graph.
+        index_start: First row of the key index, in rows.
+    """
+
+    layer: int
+    head_start: int
+    positions: NDArray[np.int32]
+    keys: torch.Tensor
+    values: torch.Tensor
+    neighbors: NDArray[np.int32] | None = None
+    entries: NDArray[np.int32] | None = None
+    index_start: int = 0
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.keys.shape[0])
+
+    @property
+    def head_stop(self) -> int:
+        return self.head_start + self.n_heads
+
+    @property
+    def rows(self) -> int:
+        return int(self.keys.shape[1])
+
+    @property
+    def index_rows(self) -> int:
+        return 0 if self.neighbors is None else int(self.neighbors.shape[1])
+
+    def select(self, heads: range) -> LayerBlock:
+        """The block of some of its heads (numbered as in the model), sharing memory."""
+        part = slice(heads.start - self.head_start, heads.stop - self.head_start)
+        return LayerBlock(
+            layer=self.layer,
+            head_start=heads.start,
+            positions=self.positions,
+            keys=self.keys[part],
+            values=self.values[part],
+            neighbors=None if self.neighbors is None else self.neighbors[part],
+            entries=None if self.entries is None else self.entries[part],
+            index_start=self.index_start,
+        )
+
+    def split(self, max_bytes: int = MAX_PART_BYTES) -> Iterator[LayerBlock]:
+        """Blocks of as many heads as fit `max_bytes`, at least one head each."""
+        degree = 0 if self.neighbors is None else int(self.neighbors.shape[2])
+        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * degree + 4)
+        step = max(1, max_bytes // max(1, head_bytes))
+        for start in range(self.head_start, self.head_stop, step):
+            yield self.select(range(start, min(start + step, self.head_stop)))
+
+    def equals(self, other: LayerBlock) -> bool:
+        """Whether every number is the same, bit for bit."""
+        mine, theirs = (
+            (b.layer, b.head_start, b.index_start, b.keys.dtype, b.neighbors is None, b.entries is None)
+            for b in (self, other)
+        )
+        return (
+            mine == theirs
+            and np.array_equal(self.positions, other.positions)
+            and np.array_equal(bits(self.keys), bits(other.keys))
+            and np.array_equal(bits(self.values), bits(other.values))
+            and (self.neighbors is None or np.array_equal(self.neighbors, _some(other.neighbors)))
+            and (self.entries is None or np.array_equal(self.entries, _some(other.entries)))
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokensBlock:
+    """The context's tokens and where in the document's text each comes from.
+
+    Args:
+        positions: [context_tokens] int32, ascending from 0.
+        token_ids: [context_tokens] int32.
+        char_start, char_end: [context_tokens] int64 character offsets into the document's text, end exclusive;
+            equal for a token of the template.
+    """
+
+    positions: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    char_start: NDArray[np.int64]
+    char_end: NDArray[np.int64]
+
+
+def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
+    """Raise `error` unless shapes and dtypes fit together and every neighbor and entry is a row of the index."""
+
+    def rule(holds: bool, where: str, value: object, fix: str) -> None:
+        if not holds:
+            raise error(f"{name}: {where}", value, fix)
+
+    shape = tuple(block.keys.shape)
+    rule(len(shape) == 3 and 0 not in (shape[0], shape[2]), "keys", shape, "must be [n_heads, rows, head_dim]")
+    rule(tuple(block.values.shape) == shape, "values", tuple(block.values.shape), f"must have the keys' shape {shape}")
+    dtypes = (block.keys.dtype, block.values.dtype)
+    rule(dtypes[0] in DTYPE_NAMES and dtypes[0] == dtypes[1], "dtype", dtypes, f"must be one of {list(TORCH_DTYPES)}")
+    rule(block.positions.shape == (shape[1],), "positions", block.positions.shape, f"must be [{shape[1]}]")
+    rule(block.layer >= 0 and block.head_start >= 0, "layer", (block.layer, block.head_start), "must be >= 0")
+    rule(
+        block.index_start >= 0 and block.index_start + block.index_rows <= shape[1],
+        "index_start",
+        block.index_start,
+        f"the index's {block.index_rows} rows must lie within {shape[1]} rows",
+    )
+    for where, ids, low in (("neighbors", block.neighbors, -1), ("entries", block.entries, 0)):
+        if ids is None:
+            continue
+        ndim = 3 if where == "neighbors" else 2
+        rule(ids.ndim == ndim and ids.shape[0] == shape[0], where, ids.shape, f"must have {shape[0]} heads first")
+        rule(ids.dtype == np.int32, f"{where}.dtype", str(ids.dtype), "must be int32")
+        if ids.size:
+            span = (int(ids.min()), int(ids.max()))
+            rule(low <= span[0] and span[1] < block.index_rows, where, span, f"must be in [{low}, {block.index_rows})")
+
+
+def bits(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The tensor's memory on the CPU, as bytes along the last dimension."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()  # type: ignore[no-any-return]
+
+
+def _some(array: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    assert array is not None
+    return array

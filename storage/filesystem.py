@@ -1,0 +1,210 @@
+"""A folder anywhere: on this machine's disk through the operating system, elsewhere through fsspec.
+
+Two properties that fsspec does not give by itself: a reader never sees half a file, and `create` lets exactly one of
+several writers win. A filesystem that cannot do the second is refused, because a commit rests on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from rabatch.errors import StoreError
+from rabatch.storage.failures import MissingFileError, is_conflict, is_transient, store_error
+
+ATTEMPTS = 4
+_FIRST_WAIT_S = 0.1
+_ATOMIC_CREATE = ("file", "local", "memory", "s3", "s3a")
+_MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem looks first and writes then
+_TEMPORARY = ".tmp-"
+
+T = TypeVar("T")
+
+
+class Folder:
+    """Files below a URL or local path; paths are relative, with ``/``.
+
+    Args:
+        url: Local path or any fsspec URL.
+        storage_options: Passed to fsspec: endpoint, credentials, profile.
+
+    Every method raises StoreError in one line that names the URL and the fix. Methods may be called from several
+    threads, and a Folder can be pickled.
+    """
+
+    def __init__(self, url: str, **storage_options: Any) -> None:
+        self.url = os.fspath(url)
+        options = dict(storage_options)
+        if self.url.split("://")[0] in ("s3", "s3a"):
+            options.setdefault("use_listings_cache", False)  # others write too
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+        except (ImportError, OSError, ValueError, TypeError) as error:
+            raise store_error(error, self.url) from error
+        protocol = self._fs.protocol
+        self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+        self._local = "file" in self._protocols
+        self._root = self._root.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Folder({self.url!r})"  # without the options: they may hold credentials
+
+    def read(self, path: str) -> bytes:
+        """The whole file. MissingFileError (a StoreError) if there is none."""
+        full = self._full(path)
+        if self._local:
+            return self._run(path, Path(full).read_bytes)
+        return cast(bytes, self._run(path, lambda: self._fs.cat_file(full)))
+
+    def open(self, path: str) -> BinaryIO:
+        """A file to read pieces of."""
+        return cast(BinaryIO, self._run(path, lambda: self._fs.open(self._full(path), "rb")))
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Write or replace a file, all at once for any reader."""
+        full = self._full(path)
+        if self._local:
+            self._run(path, lambda: _write_local(full, data, os.replace))
+        else:
+            self._run(path, lambda: self._fs.pipe_file(full, bytes(data)))
+
+    def create(self, path: str, data: bytes | memoryview) -> bool:
+        """Put-if-absent: of several writers with different data exactly one gets True.
+
+        A put whose answer was lost is sent again, by us or inside the S3 client, and then meets its own file. So a
+        file that already holds exactly `data` counts as created: put something unique into it.
+
+        Raises:
+            StoreError: Also if the filesystem has no atomic create.
+        """
+        if not any(protocol in _ATOMIC_CREATE for protocol in self._protocols):
+            fix = f"rabatch knows no atomic create for {self._protocols[0]}, so two builds could overwrite each other"
+            raise StoreError("store", self.url, f"{fix}; use a local folder or S3")
+        full, content = self._full(path), bytes(data)
+
+        def attempt() -> bool:
+            try:
+                if self._local:
+                    _write_local(full, content, os.link)
+                else:
+                    with _MEMORY_LOCK if "memory" in self._protocols else contextlib.nullcontext():
+                        self._fs.pipe_file(full, content, mode="create")
+            except Exception as error:
+                if not is_conflict(error):
+                    raise
+                return False
+            return True
+
+        return self._run(path, attempt) or self.read(path) == content
+
+    def list(self, path: str = "") -> dict[str, int]:
+        """Sizes in bytes of the files below a folder, by path, sorted. A missing folder is empty."""
+        full = self._full(path) if path else self._root
+        find = _list_local if self._local else self._find
+        found = self._run(path, lambda: find(full))
+        cut = len(self._root) + 1
+        return {name[cut:]: size for name, size in sorted(found.items())}
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except MissingFileError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Bytes of a file. MissingFileError if there is none."""
+        full = self._full(path)
+        if self._local:
+            return self._run(path, lambda: os.stat(full).st_size)
+        return int(self._run(path, lambda: self._fs.info(full, **self._fresh())["size"]))
+
+    def delete(self, path: str) -> None:
+        """Remove a file; none there is well."""
+        full = self._full(path)
+        with contextlib.suppress(MissingFileError):
+            self._run(path, lambda: os.unlink(full) if self._local else self._fs.rm_file(full))
+
+    def _full(self, path: str) -> str:
+        if path.startswith("/") or "\\" in path or "\0" in path or not set(path.split("/")).isdisjoint({"", ".", ".."}):
+            raise StoreError("path", path, f"must be a relative path inside {self.url}")
+        return f"{self._root}/{path}"
+
+    def _fresh(self) -> dict[str, bool]:
+        return {"refresh": True} if "s3" in self._protocols else {}
+
+    def _find(self, full: str) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        found = self._fs.find(full, detail=True)
+        return {name: int(info["size"]) for name, info in found.items()}
+
+    def _run(self, path: str, call: Callable[[], T]) -> T:
+        """The result of `call`, tried again after throttling and dropped connections."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except Exception as error:
+                if attempt == ATTEMPTS or self._local or not is_transient(error):
+                    raise store_error(error, f"{self.url.rstrip('/')}/{path}") from error
+            time.sleep(_FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1))
+        raise AssertionError("unreachable")
+
+
+def _write_local(full: str, data: bytes | memoryview, publish: Callable[[str, str], None]) -> None:
+    """Write a temporary file beside `full`, flush it to disk, then give it its name."""
+    folder = os.path.dirname(full)
+    _make_folder(folder)
+    temporary = os.path.join(folder, _TEMPORARY + secrets.token_hex(8))
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, full)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    _sync_folder(folder)
+
+
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    if parent != folder:
+        _make_folder(parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(folder) from None
+        return
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _list_local(full: str) -> dict[str, int]:
+    found = {}
+    for folder, _, names in os.walk(full):
+        for name in names:
+            if not name.startswith(_TEMPORARY):
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    found[path] = os.stat(path).st_size
+    return found

@@ -1,0 +1,54 @@
+"""From parts to a layer: does a part fit its manifest, and one block of several head ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rabatch.errors import IntegrityError
+from rabatch.storage.blocks import LayerBlock
+from rabatch.storage.manifest import Manifest, Part
+
+
+def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
+    """Refuse a part that is sound in itself and not what the manifest describes."""
+
+    def rule(holds: bool, where: str, value: object, wanted: object) -> None:
+        if not holds:
+            raise IntegrityError(f"{part.path}: {where}", value, f"must be {wanted}; build the document again")
+
+    geometry = manifest.geometry
+    rows = manifest.layer_rows(part.layer)
+    kv = (str(block.keys.dtype).removeprefix("torch."), int(block.keys.shape[2]))
+    rule(kv == (geometry.kv_dtype, geometry.head_dim), "dtype", kv, (geometry.kv_dtype, geometry.head_dim))
+    last = np.arange(manifest.context_tokens - rows, manifest.context_tokens)
+    rule(np.array_equal(block.positions, last), "position", block.rows, f"the last {rows} tokens")
+    sliding = geometry.sliding_windows[part.layer] > 0
+    index_rows = 0 if sliding or geometry.index == "none" else manifest.index_stop - manifest.index_start
+    rule(block.index_rows == index_rows, "index_rows", block.index_rows, index_rows)
+    if block.neighbors is not None:
+        rule(not sliding and geometry.index == "graph", "neighbors", "a graph", "none for this layer")
+        rule(block.neighbors.shape[2] == geometry.degree, "degree", block.neighbors.shape[2], geometry.degree)
+        place = (block.index_start, manifest.index_start)
+        rule(index_rows == 0 or place[0] == place[1], "index_start", *place)
+        rule(index_rows == 0 or block.entries is not None, "entries", None, "there where there is a graph")
+
+
+def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
+    """One block of several whose heads follow each other. Raises IntegrityError if they differ in their graph."""
+    first = blocks[0]
+    graphs = [(b.neighbors, b.entries, b.index_start) for b in blocks]
+    has_graph = [neighbors is not None for neighbors, _, _ in graphs]
+    shapes = {None if entries is None else entries.shape[1] for _, entries, _ in graphs}
+    if len(set(has_graph)) != 1 or len(shapes) != 1 or len({start for *_, start in graphs}) != 1:
+        raise IntegrityError(f"{manifest.path}: layer {first.layer}", graphs, "its parts differ in their graph")
+    return LayerBlock(
+        layer=first.layer,
+        head_start=first.head_start,
+        positions=first.positions,
+        keys=torch.cat([b.keys for b in blocks]),
+        values=torch.cat([b.values for b in blocks]),
+        neighbors=np.concatenate([n for n, _, _ in graphs if n is not None]) if has_graph[0] else None,
+        entries=None if None in shapes else np.concatenate([e for _, e, _ in graphs if e is not None]),
+        index_start=first.index_start,
+    )

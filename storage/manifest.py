@@ -1,0 +1,200 @@
+"""The manifest: one small JSON object per indexed document. Its creation commits the index.
+
+Manifests come from shared storage, so `Manifest.from_json` takes nothing on trust: types, ranges, paths, coverage of
+every layer and head, and the fingerprint are checked before a reader acts on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
+from rabatch.storage.rules import FORMAT_VERSION, check_rules, check_types
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Geometry",
+    "Manifest",
+    "Part",
+    "document_key",
+    "fingerprint_of",
+    "manifest_path",
+    "utc_now",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One Parquet file of an index.
+
+    Args:
+        path: Relative to the store's root, below ``parts/``.
+        bytes, sha256: Size and digest of the whole file.
+        rows: Tokens in it (per head).
+        layer, head_start, head_stop: Which KV heads of which layer; -1, 0, 0 for the tokens part.
+    """
+
+    kind: Literal["layer", "tokens"]
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+    layer: int = -1
+    head_start: int = 0
+    head_stop: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Shapes of a stored context.
+
+    Args:
+        sink_tokens, window_tokens: The static set as configured; the context may be shorter.
+        index: ``"graph"`` or ``"none"``; `degree` is 0 without a graph.
+        sliding_windows: One per layer: 0 for full attention, else the layer's own window, and only that many last
+            tokens are stored.
+    """
+
+    n_layers: int
+    n_kv_heads: int
+    n_query_heads: int
+    head_dim: int
+    kv_dtype: str
+    sink_tokens: int
+    window_tokens: int
+    index: Literal["graph", "none"]
+    degree: int
+    sliding_windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What one document's index consists of.
+
+    Args:
+        content_sha256: Of the document's text as UTF-8.
+        fingerprint: `fingerprint_of(fingerprint_fields)`.
+        text_chars: Length of the document's text in characters (code points).
+        created_at: ISO 8601, UTC.
+        metadata: Extra columns of the document; JSON values.
+        stats: Seconds and counts of the build; informative, never read back by the engine.
+    """
+
+    document_id: str
+    content_sha256: str
+    fingerprint: str
+    fingerprint_fields: dict[str, Any]
+    context_tokens: int
+    text_chars: int
+    created_at: str
+    geometry: Geometry
+    parts: tuple[Part, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def path(self) -> str:
+        """Where this manifest lies in its store."""
+        return manifest_path(self.document_id, self.content_sha256, self.fingerprint)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def index_start(self) -> int:
+        """First row of the key index; rows outside [index_start, index_stop) are the static set."""
+        return min(self.geometry.sink_tokens, self.context_tokens)
+
+    @property
+    def index_stop(self) -> int:
+        return max(self.index_start, self.context_tokens - self.geometry.window_tokens)
+
+    def layer_rows(self, layer: int) -> int:
+        """Tokens stored of a layer: all of them, or its sliding window's."""
+        sliding = self.geometry.sliding_windows[layer]
+        return min(sliding, self.context_tokens) if sliding else self.context_tokens
+
+    def to_json(self) -> str:
+        """JSON text, one object.
+
+        Raises:
+            DocumentError: The metadata holds something JSON has no word for.
+        """
+        try:
+            json.dumps(self.metadata, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DocumentError("metadata", self.metadata, f"must be JSON values: {error}") from error
+        return json.dumps(dataclasses.asdict(self), allow_nan=False, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, name: str = "manifest") -> Manifest:
+        """Read and check a manifest; `name` (its path) begins every message.
+
+        Raises:
+            FormatVersionError: Written in another format.
+            IntegrityError: A field is missing, mistyped, or contradicts another.
+        """
+        try:
+            values = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(name, text[:40], f"is not JSON ({error}); build the document again") from error
+        if not isinstance(values, dict):
+            raise IntegrityError(name, values, "must be a JSON object; build the document again")
+        version = values.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            fix = (
+                f"this version of rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
+            )
+            raise FormatVersionError(f"{name}: format_version", version, fix)
+        check_types(name, values)
+        windows = tuple(values["geometry"]["sliding_windows"])
+        values["geometry"] = Geometry(**{**values["geometry"], "sliding_windows": windows})
+        values["parts"] = tuple(Part(**part) for part in values["parts"])
+        manifest = cls(**values)
+        manifest.check(name)
+        return manifest
+
+    def check(self, name: str = "") -> None:
+        """Raise IntegrityError, naming the field, unless every rule of the format holds."""
+        expected = fingerprint_of(self.fingerprint_fields)
+        check_rules(name or self.path, self, expected)
+
+
+def fingerprint_of(fields: dict[str, Any]) -> str:
+    """SHA-256, in hex, of the canonical JSON of `fields`: keys sorted, no spaces, ASCII.
+
+    Raises:
+        DocumentError: A value is not JSON (NaN included).
+    """
+    try:
+        plain = json.loads(json.dumps(fields, allow_nan=False))  # as it is after a round trip: tuples are lists
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DocumentError("fingerprint_fields", fields, f"must be JSON values: {error}") from error
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def document_key(document_id: str) -> str:
+    """The name of a document in paths: ids are data and may hold anything, paths may not."""
+    return hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def manifest_path(document_id: str, content_sha256: str, fingerprint: str) -> str:
+    """Where the manifest of this document, content and fingerprint lies, relative to the store."""
+    return f"manifests/{fingerprint[:16]}/{document_key(document_id)}-{content_sha256[:16]}.json"
+
+
+def utc_now() -> str:
+    """The present time as `created_at` wants it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,289 @@
+"""The index store: a folder of Parquet parts and of manifests that make them count.
+
+Parts are written first, under a prefix of their own attempt; creating the manifest commits them. Readers follow
+manifests only, so an interrupted build is invisible and a second builder of the same document loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rabatch.errors import FormatVersionError, IntegrityError, StoreError
+from rabatch.storage.failures import MissingFileError, is_transient, store_error
+from rabatch.storage.filesystem import Folder
+from rabatch.storage.joining import check_against, join
+from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
+from rabatch.storage.parts import (
+    LayerBlock,
+    TokensBlock,
+    decode_layer,
+    decode_tokens,
+    encode_layer,
+    encode_tokens,
+)
+
+MARKER = "rabatch-store.json"
+_MARKER_TEXT = json.dumps({"format": "rabatch", "format_version": FORMAT_VERSION})
+_MANIFEST_READERS = 16  # a manifest is one round trip; their latency adds up
+
+
+class IndexStore:
+    """The indexes at a URL.
+
+    Args:
+        url: Local path or fsspec URL.
+        create: Make the store if there is none.
+        storage_options: Passed to fsspec (endpoint, credentials).
+
+    Raises:
+        StoreError: No store there, or the place cannot be read or written.
+        FormatVersionError: A store of another format.
+    """
+
+    def __init__(self, url: str | Path, *, create: bool = False, storage_options: dict[str, Any] | None = None) -> None:
+        self.url = str(url)
+        self.folder = Folder(self.url, **(storage_options or {}))
+        if create:
+            self._create_marker()
+        self._check_marker()
+
+    def __repr__(self) -> str:
+        return f"IndexStore({self.url!r})"
+
+    def new_attempt(self) -> str:
+        """A name under which one attempt at building a document writes."""
+        return uuid.uuid4().hex
+
+    def put_layer(self, block: LayerBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
+        """Write a block; visible only once a manifest lists the part."""
+        key = document_key(document_id)
+        data = encode_layer(block, fingerprint=fingerprint, document_key=key)
+        stem = f"layer-{block.layer:03d}-heads-{block.head_start:03d}-{block.head_stop:03d}"
+        path = _part_path(fingerprint, key, attempt, stem)
+        return Part(
+            kind="layer",
+            rows=block.rows,
+            layer=block.layer,
+            head_start=block.head_start,
+            head_stop=block.head_stop,
+            **self._put(path, data),
+        )
+
+    def put_tokens(self, tokens: TokensBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
+        """Write a document's tokens; visible only once a manifest lists the part."""
+        key = document_key(document_id)
+        data = encode_tokens(tokens, fingerprint=fingerprint, document_key=key)
+        path = _part_path(fingerprint, key, attempt, "tokens")
+        return Part(kind="tokens", rows=len(tokens.positions), **self._put(path, data))
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Make a document's index visible.
+
+        Returns:
+            The manifest that counts: the given one, or the one of a builder who was faster.
+
+        Raises:
+            IntegrityError: The manifest breaks a rule of the format or lists a part that is not there.
+        """
+        manifest.check()
+        self._check_parts_exist(manifest)
+        if self.folder.create(manifest.path, manifest.to_json().encode()):
+            return manifest
+        theirs = self.get(manifest.document_id, manifest.content_sha256, manifest.fingerprint)
+        if theirs is None:
+            raise StoreError("manifest", manifest.path, "was deleted while it was being committed; build again")
+        return theirs
+
+    def manifests(self, *, on_error: Callable[[str, StoreError], None] | None = None) -> Iterator[Manifest]:
+        """Every committed index, by path.
+
+        Args:
+            on_error: Called with the path and the error of a damaged manifest, which is then left out. By default
+                the error is raised.
+        """
+        return self._load_all(list(self.folder.list("manifests")), on_error)
+
+    def find(self, document_id: str, *, fingerprint: str | None = None) -> list[Manifest]:
+        """The committed indexes of a document: of all its contents, and fingerprints unless one is given."""
+        folder = "manifests" if fingerprint is None else f"manifests/{fingerprint[:16]}"
+        start = document_key(document_id) + "-"
+        paths = [path for path in self.folder.list(folder) if path.rsplit("/", 1)[-1].startswith(start)]
+        found = self._load_all(paths, None)
+        return [m for m in found if m.document_id == document_id and fingerprint in (None, m.fingerprint)]
+
+    def get(self, document_id: str, content_sha256: str, fingerprint: str) -> Manifest | None:
+        """The index of exactly this document, content and fingerprint, without a listing; None if there is none."""
+        path = manifest_path(document_id, content_sha256, fingerprint)
+        try:
+            manifest = self._load(path)
+        except MissingFileError:
+            return None
+        wanted = {"content_sha256": content_sha256, "fingerprint": fingerprint}
+        for where, mine in wanted.items():
+            theirs = getattr(manifest, where)
+            if mine != theirs:  # the path holds 64 bits of each
+                raise IntegrityError(f"{path}: {where}", theirs, f"must be {mine}; use another store for one of them")
+        return manifest
+
+    def read_layer(
+        self, manifest: Manifest, layer: int, *, heads: range | None = None, check: bool = True
+    ) -> LayerBlock:
+        """Keys, values and graph of a layer, joined over its parts.
+
+        Args:
+            heads: Consecutive KV heads; all by default.
+            check: Compare each part's SHA-256 with the manifest's. Without it a changed byte may pass unnoticed, but
+                only the bytes of the wanted heads are read.
+
+        Raises:
+            IntegrityError: A part is missing, changed, or belongs elsewhere.
+        """
+        n_heads = manifest.geometry.n_kv_heads
+        heads = range(n_heads) if heads is None else heads
+        if not 0 <= layer < manifest.geometry.n_layers:
+            raise StoreError("layer", layer, f"must be in [0, {manifest.geometry.n_layers})")
+        if len(heads) == 0 or heads.step != 1 or heads.start < 0 or heads.stop > n_heads:
+            raise StoreError("heads", heads, f"must be a non-empty range within {n_heads} KV heads")
+        parts = [p for p in manifest.parts if p.kind == "layer" and p.layer == layer]
+        blocks = []
+        for part in sorted(parts, key=lambda p: p.head_start):
+            wanted = range(max(heads.start, part.head_start), min(heads.stop, part.head_stop))
+            if wanted:
+                blocks.append(self.read_part(manifest, part, heads=wanted, check=check))
+        return blocks[0] if len(blocks) == 1 else join(manifest, blocks)
+
+    def read_part(
+        self, manifest: Manifest, part: Part, *, heads: range | None = None, check: bool = True
+    ) -> LayerBlock:
+        """One layer part, checked against its manifest. Arguments and errors as of `read_layer`."""
+        expect = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
+        expect |= _expect(manifest)
+        if check or heads is None:
+            block = decode_layer(self._get(part, check), name=part.path, expect=expect, heads=heads)
+        else:
+            with self._open(part) as file:
+                try:
+                    block = decode_layer(file, name=part.path, expect=expect, heads=heads)
+                except IntegrityError as error:
+                    if error.__cause__ is not None and is_transient(error.__cause__):
+                        raise store_error(error.__cause__, f"{self.url}/{part.path}") from error
+                    raise
+        check_against(manifest, part, block)
+        return block
+
+    def read_tokens(self, manifest: Manifest, *, check: bool = True) -> TokensBlock:
+        """The context's tokens. Errors as of `read_layer`."""
+        part = next(part for part in manifest.parts if part.kind == "tokens")
+        tokens = decode_tokens(self._get(part, check), name=part.path, expect=_expect(manifest))
+        if not np.array_equal(tokens.positions, np.arange(manifest.context_tokens)):
+            shown = len(tokens.positions)
+            raise IntegrityError(f"{part.path}: position", shown, f"must be 0 to {manifest.context_tokens - 1}")
+        return tokens
+
+    def _create_marker(self) -> None:
+        if not self.folder.create(MARKER, f"{_MARKER_TEXT}\n".encode()):
+            return
+        # A server that ignores the condition of the put would let two builds overwrite each other. Ask it now.
+        if self.folder.create(MARKER, f"{_MARKER_TEXT} \n".encode()):
+            fix = "the server ignores If-None-Match, so commits would not be safe; use S3 or a server that honours it"
+            raise StoreError("store", self.url, fix)
+
+    def _check_marker(self) -> None:
+        try:
+            text = self.folder.read(MARKER)
+        except MissingFileError as error:
+            fix = "is no rabatch store; build one there first (rabatch build), or correct the path"
+            raise StoreError("store", self.url, fix) from error
+        try:
+            values = json.loads(text)
+            known = values["format"] == "rabatch"
+        except (ValueError, TypeError, KeyError, RecursionError):
+            known, values = False, {}
+        if not known:
+            raise IntegrityError(f"{self.url}/{MARKER}", text[:60], "is not the marker of a rabatch store")
+        version = values.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            fix = (
+                f"this version of rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
+            )
+            raise FormatVersionError(f"{self.url}: format_version", version, fix)
+
+    def _put(self, path: str, data: pa.Buffer) -> dict[str, Any]:
+        view = memoryview(data)
+        self.folder.write(path, view)
+        return {"path": path, "bytes": view.nbytes, "sha256": hashlib.sha256(view).hexdigest()}
+
+    def _get(self, part: Part, check: bool) -> bytes:
+        try:
+            data = self.folder.read(part.path)
+        except MissingFileError as error:
+            raise IntegrityError(part.path, None, "is missing; build the document again") from error
+        if len(data) != part.bytes:
+            raise IntegrityError(f"{part.path}: bytes", len(data), f"must be {part.bytes}; build the document again")
+        if check and (digest := hashlib.sha256(data).hexdigest()) != part.sha256:
+            raise IntegrityError(f"{part.path}: sha256", digest, f"must be {part.sha256}; build the document again")
+        return data
+
+    def _open(self, part: Part) -> Any:
+        try:
+            file = self.folder.open(part.path)
+        except MissingFileError as error:
+            raise IntegrityError(part.path, None, "is missing; build the document again") from error
+        size = file.seek(0, 2)
+        file.seek(0)
+        if size != part.bytes:
+            raise IntegrityError(f"{part.path}: bytes", size, f"must be {part.bytes}; build the document again")
+        return file
+
+    def _load(self, path: str) -> Manifest:
+        manifest = Manifest.from_json(self.folder.read(path), name=path)
+        if manifest.path != path:
+            raise IntegrityError(f"{path}: document_id", manifest.document_id, f"belongs at {manifest.path}")
+        return manifest
+
+    def _load_all(self, paths: list[str], on_error: Callable[[str, StoreError], None] | None) -> Iterator[Manifest]:
+        def load(path: str) -> Manifest | StoreError:
+            try:
+                return self._load(path)
+            except StoreError as error:
+                return error
+
+        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+            for first in range(0, len(paths), 4 * _MANIFEST_READERS):  # not all at once: a catalog may be large
+                batch = paths[first : first + 4 * _MANIFEST_READERS]
+                for path, result in zip(batch, pool.map(load, batch), strict=True):
+                    if isinstance(result, Manifest):
+                        yield result
+                    elif on_error is None:
+                        raise result
+                    else:
+                        on_error(path, result)
+
+    def _check_parts_exist(self, manifest: Manifest) -> None:
+        folders = {part.path.rsplit("/", 1)[0] for part in manifest.parts}
+        there: dict[str, int] = {}
+        for folder in sorted(folders):
+            there |= self.folder.list(folder)
+        for part in manifest.parts:
+            if there.get(part.path) != part.bytes:
+                fix = f"must be there with {part.bytes} bytes before its manifest; build the document again"
+                raise IntegrityError(f"{manifest.path}: {part.path}", there.get(part.path), fix)
+
+
+def _part_path(fingerprint: str, key: str, attempt: str, stem: str) -> str:
+    # A replayed task must never overwrite a file that a manifest may list.
+    return f"parts/{fingerprint[:16]}/{key}/{attempt}/{stem}-{secrets.token_hex(4)}.parquet"
+
+
+def _expect(manifest: Manifest) -> dict[str, object]:
+    return {"fingerprint": manifest.fingerprint, "document_key": document_key(manifest.document_id)}
