@@ -52,12 +52,13 @@ test-gpu: $(DEV) ## the tests that need a CUDA card; does nothing without one
 	then $(PYTEST) -m gpu </dev/null; else echo "no CUDA card: the gpu tests were not run"; fi
 
 .PHONY: lint
-lint: $(DEV) typecheck ## ruff check, ruff format --check, mypy
+lint: $(DEV) ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
 
 # mypy resolves packages by folders, and three of ours lie elsewhere than their names say. So it gets the layout of
-# the installed package, made of links: messages still name the real files.
+# the installed package, made of links; messages are given the names of the real files again.
 TYPES := build/types
 .PHONY: typecheck
 typecheck: $(DEV) ## mypy alone
@@ -65,7 +66,7 @@ typecheck: $(DEV) ## mypy alone
 	@for entry in rabatch/*; do ln -s "$(CURDIR)/$$entry" $(TYPES)/rabatch/; done
 	@for folder in index storage jobs; do ln -s "$(CURDIR)/$$folder" $(TYPES)/rabatch/; done
 	cd $(TYPES) && "$(CURDIR)/$(PY)" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
-		--cache-dir "$(CURDIR)/.mypy_cache" -p rabatch
+		--cache-dir "$(CURDIR)/.mypy_cache" -p rabatch | sed -E 's#^rabatch/(index|storage|jobs)/#\1/#'
 
 .PHONY: bench
 bench: $(DEV) ## every benchmark, in its short form

@@ -166,7 +166,7 @@ class IndexStore:
         self, manifest: Manifest, part: Part, *, heads: range | None = None, check: bool = True
     ) -> LayerBlock:
         """One layer part, checked against its manifest. Arguments and errors as of `read_layer`."""
-        expect = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
+        expect: dict[str, object] = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
         expect |= _expect(manifest)
         if check or heads is None:
             block = decode_layer(self._get(part, check), name=part.path, expect=expect, heads=heads)
