@@ -27,7 +27,7 @@ from rabatch.errors import RabatchError, StoreError
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import make_manifest
 from rabatch.jobs import cluster
-from rabatch.jobs.output import write_rows
+from rabatch.jobs.output import check_report, write_rows
 from rabatch.jobs.plan import Planned, plan_documents, read_documents
 from rabatch.jobs.results import BuildResult, count
 from rabatch.jobs.settings import model_settings, resolved_model
@@ -75,6 +75,8 @@ def build(
         RabatchError: The job as a whole cannot run: no such source, model or store.
     """
     began = time.perf_counter()
+    if report is not None:
+        check_report(report)
     config = config or BuildConfig()
     resources = resources or Resources()
     settings = model_settings(model)
@@ -136,7 +138,7 @@ class _Open:
     """A document under way: what is known of it until its last part is written."""
 
     parts: dict[tuple[str, int, int], Part] = field(default_factory=dict)
-    row: dict[str, Any] = field(default_factory=dict)  # of the tokens part: it carries text and metadata
+    row: dict[str, Any] = field(default_factory=dict)  # of the tokens part: it carries what the manifest needs
     graph_s: float = 0.0
     write_s: float = 0.0
 
@@ -203,7 +205,7 @@ class _Job:
         document.parts[part.kind, part.layer, part.head_start] = part
         document.graph_s += row["graph_s"]
         document.write_s += row["write_s"]
-        if "text" in row:
+        if "metadata" in row:
             document.row = row
         if len(document.parts) < row["n_units"]:
             return 0
@@ -218,7 +220,8 @@ class _Job:
             manifest = self._store.commit(
                 make_manifest(
                     document_id=self.planned[number].document_id,
-                    text=row["text"],
+                    content_sha256=row["content_sha256"],
+                    text_chars=row["text_chars"],
                     metadata=json.loads(row["metadata"]),
                     fingerprint_fields=self._fields,
                     fingerprint=self.fingerprint,

@@ -13,11 +13,12 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 from ray.job_config import JobConfig
 
 import rabatch
 from rabatch.config import Resources
-from rabatch.errors import ConfigError
+from rabatch.errors import ConfigError, RabatchError
 
 MIN_LOCAL_CPUS = 4
 """Logical CPUs of the embedded Ray at least: with fewer, two actor pools and a reader do not fit beside each other."""
@@ -29,6 +30,10 @@ otherwise keep the job from finishing."""
 READER_CPUS = 0.5
 
 _EXCLUDED = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build", "dist", "tests", "benchmarks"]
+
+
+class JobError(RabatchError):
+    """Ray cannot go on with a job."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,12 @@ def actor_options(pool: int, *, cpus: float, gpus: float) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
         "num_cpus": cpus,
         "num_gpus": gpus,
-        "max_restarts": -1,
-        "max_task_retries": TASK_RETRIES,
+        "ray_remote_args_fn": _actor_lives,
     }
+
+
+def _actor_lives() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
 
 
 def gpus_per_actor(resources: Resources, device: str) -> float:
@@ -205,3 +213,16 @@ def worker_url(url: str, field: str) -> str:
     if url.startswith("memory:"):
         raise ConfigError(field, url, "lives in one process, the actors are others; use a path or an s3:// URL")
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, each as soon as it is there, in any order.
+
+    Raises:
+        JobError: Ray cannot go on, e.g. because actors die while they start.
+    """
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from table.to_pylist()
+    except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
+        raise JobError("ray", _first_line(error), "the job cannot go on; what is committed stays, run it again") from error

@@ -16,12 +16,16 @@ import pyarrow as pa
 
 from rabatch.config import BuildConfig, ModelConfig
 from rabatch.errors import ModelError, RabatchError
-from rabatch.indexing import store_unit
+from rabatch.indexing import content_digest, store_unit
 from rabatch.jobs.cluster import limit_threads
 from rabatch.models import LoadedModel, load_model
 from rabatch.prefill import prefill_units
 from rabatch.storage.store import IndexStore
 
+_FOR_THE_DRIVER = (
+    *("number", "error", "fatal", "n_units", "context_tokens", "geometry", "prefill_s"),
+    *("content_sha256", "text_chars", "metadata"),
+)
 _TYPES: dict[type, pa.DataType] = {
     bytes: pa.large_binary(),
     str: pa.large_string(),
@@ -82,12 +86,11 @@ class PrefillActor:
         if self._loaded is None or row["error"] is not None:
             yield one_row(shared)
             return
-        units = prefill_units(self._loaded, row["document_id"], row["text"], self._build)
+        text = row["text"]
+        about = {"content_sha256": content_digest(text), "text_chars": len(text), "metadata": row["metadata"]}
         try:
-            for unit in units:
-                is_first = unit["unit_kind"] == "tokens"
-                extra = {"text": row["text"], "metadata": row["metadata"]} if is_first else {}
-                yield one_row({**unit, **shared, **extra})
+            for unit in prefill_units(self._loaded, row["document_id"], text, self._build):
+                yield one_row({**unit, **shared, **(about if unit["unit_kind"] == "tokens" else {})})
         except ModelError as error:
             yield one_row({**shared, "fatal": fatal(error, self._loaded.config)})
         except Exception as error:  # noqa: BLE001 (one document must not end the job)
@@ -119,8 +122,7 @@ class GraphActor:
             yield one_row(self._write(unit))
 
     def _write(self, unit: dict[str, Any]) -> dict[str, Any]:
-        kept = ("number", "error", "fatal", "n_units", "context_tokens", "geometry", "prefill_s", "text", "metadata")
-        small = {name: unit[name] for name in kept if name in unit}
+        small = {name: unit[name] for name in _FOR_THE_DRIVER if name in unit}
         if unit["error"] is not None or unit["fatal"] is not None:
             return small
         began = time.perf_counter()

@@ -95,6 +95,9 @@ def read_config(config: ModelConfig) -> Any:
     try:
         loaded = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
+        if "custom code" in str(error):
+            fix = "runs code of its own; pass trust_remote_code=True (--trust-remote-code) if you trust it"
+            raise ModelError("model", config.name, fix) from error
         raise ModelError("model", config.name, f"its config.json cannot be used ({_first_line(error)})") from error
     text = loaded.get_text_config()
     if getattr(loaded, "is_encoder_decoder", False):

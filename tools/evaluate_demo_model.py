@@ -68,7 +68,9 @@ def answer(model: Any, cache: DynamicCache, n_context: int, question: list[int],
     return out
 
 
-def evaluate(model: Any, tokenizer: Any, *, tokens: int, n_documents: int, n_questions: int, seed: int) -> dict[str, Any]:
+def evaluate(
+    model: Any, tokenizer: Any, *, tokens: int, n_documents: int, n_questions: int, seed: int
+) -> dict[str, Any]:
     """Counts [right, asked] by kind, for dense attention and for the static part alone."""
     dense: dict[str, list[bool]] = defaultdict(list)
     static: dict[str, list[bool]] = defaultdict(list)

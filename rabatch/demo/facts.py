@@ -7,6 +7,7 @@ combined; the answer names the bridge aloud, so that each hop is one retrieval).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from rabatch.demo.grammar import (
@@ -120,8 +121,10 @@ PERSON_TEMPLATES = (
 )  # fmt: skip
 PLACE_TEMPLATES = (
     Template(
-        "manager", ("{v} manages the {e}.", "The manager of the {e} is {v}."),
-        ("Who manages the {e}?", "Who is the manager of the {e}?"), person,
+        "manager",
+        ("{v} manages the {e}.", "The manager of the {e} is {v}."),
+        ("Who manages the {e}?", "Who is the manager of the {e}?"),
+        person,
     ),
     Template("city", ("The {e} is located in {v}.",), ("Where is the {e} located?",), _one_of(CITIES)),
     Template("door", ("The door of the {e} is {v}.",), ("What color is the door of the {e}?",), _one_of(COLORS)),
@@ -198,7 +201,7 @@ def _several_values(rng: Random, entities: Entities) -> Fact:
         # A carrier belongs to one parcel only, so that "from X to" leads to one sentence.
         keys = (f"{thing}/carriers", *(f"{value}/carrier" for value in values))
         sentences = [f"P{thing[1:]} was first given to {values[0]}."]
-        sentences += [f"P{thing[1:]} passed from {a} to {b}." for a, b in zip(values, values[1:], strict=False)]
+        sentences += [f"P{thing[1:]} passed from {a} to {b}." for a, b in pairwise(values)]
         question = f"Which {n_values} people carried {thing}?"
     elif form < 0.75:
         name = pick(rng, entities.places)

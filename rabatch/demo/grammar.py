@@ -7,79 +7,82 @@ function takes the random generator it draws from; nothing here has state.
 from collections.abc import Sequence
 from random import Random
 
-FIRST_NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST_NAMES = _words(
     "Mara Anton Lena Oskar Priya Hugo Selma Tomas Nadia Viktor Ingrid Pablo Yuki Amara Felix Greta Ivan Jana Kofi Lars "
     "Mina Nils Olga Petra Quentin Rosa Stefan Tara Ulf Vera Wanda Xavier Yara Zeno Alma Boris Clara Dario Elena Farid "
     "Gina Henrik Irma Jonas Karla Leon Maya Noor Otto Paula Rafael Sonja Timo Uma Valter Wilma Arno Bruna Cyril Dora "
     "Emil Flora Gustav Hana Igor Jasmin Kurt Lidia Milan Nora Orla Pavel Rita Sven Thea Ugo Vilma Wim Zora Agnes "
     "Bertil Celia Dmitri Edith Fritz Gloria Harald Iris Joel Katrin Ludo Mirja Nestor"
-).split()
-LAST_NAMES = (
+)
+LAST_NAMES = _words(
     "Ilves Tamm Novak Lindgren Okafor Haas Moreau Silva Tanaka Petrov Olsen Brandt Kovacs Weber Rossi Nyman Dahl "
     "Castro Ibarra Vogel Sato Keller Marin Horvat Laine Berger Fischer Romero Aalto Popov Wagner Costa Duarte Ekman "
     "Farkas Garcia Hansen Ivanov Jensen Klein Lopez Meyer Nilsson Orlov Pereira Ricci Schulz Torres Ueda Varga Winter "
     "Young Zhang Adler Becker Conti Drake Eliot Fuchs Grant Huber Irving Jarvis Kraus Lund Mendez Navarro Ortega "
     "Palmer Quist Reyes Santos Thorne Urban Vidal Walsh Xu Yilmaz Ziegler Ashby Bloom Carver Dunn Egan Frost Gale "
     "Holt Ivers Joyce Knox Lowe Marsh"
-).split()
-PLACE_NAMES = (
+)
+PLACE_NAMES = _words(
     "Harbor Maple River Summit Granite Willow Falcon Cedar Amber Copper Silver Northern Southern Eastern Western "
     "Crystal Meadow Raven Juniper Orchard Quarry Beacon Canyon Lagoon Glacier Prairie Thunder Velvet Ivory Scarlet "
     "Cobalt Saffron Birch Aspen Hazel Laurel Heron Osprey Badger Otter Bison Cypress Dolphin Ember Fern Garnet Hollow "
     "Indigo Jasper Kestrel Lantern Mason Nectar Onyx Pebble Quartz Ridge Sable Timber Umber Valley Walnut Yarrow "
     "Zephyr Anchor Bramble Clover Driftwood Elm Foxglove Gravel Heather Island Jubilee Keystone Linden Marble "
     "Nightingale Opal Pine Quill Rosewood Spruce Thistle Union Violet Windmill"
-).split()
-PLACE_KINDS = (
+)
+PLACE_KINDS = _words(
     "station depot warehouse museum library clinic office factory school hotel bridge tower bakery garden theater "
     "laboratory archive farm mill gallery"
-).split()
-CITIES = (
+)
+CITIES = _words(
     "Lisbon Tartu Oslo Vienna Prague Madrid Dublin Warsaw Athens Turin Geneva Bergen Krakow Seville Lyon Ghent Bremen "
     "Malmo Riga Vilnius Porto Naples Zagreb Bilbao Leeds Boston Denver Austin Quito Lima Havana Cairo Tunis Dakar "
     "Accra Lagos Nairobi Delhi Mumbai Hanoi Seoul Osaka Kyoto Sydney Perth Hobart Bogota Manila Jakarta Tehran"
-).split()
-MONTHS = "January February March April May June July August September October November December".split()
-COLORS = "red blue green yellow orange purple white black brown gray pink golden".split()
-ANIMALS = "cat dog horse parrot rabbit turtle goat sheep fox owl duck lizard hamster snake pony frog".split()
-FOODS = (
+)
+MONTHS = _words("January February March April May June July August September October November December")
+COLORS = _words("red blue green yellow orange purple white black brown gray pink golden")
+ANIMALS = _words("cat dog horse parrot rabbit turtle goat sheep fox owl duck lizard hamster snake pony frog")
+FOODS = _words(
     "apples bread cheese coffee honey olives pepper rice salt sugar tea wheat barley grapes lemons almonds butter "
     "carrots onions peaches"
-).split()
-JOBS = (
+)
+JOBS = _words(
     "baker pilot nurse lawyer farmer teacher painter miner sailor tailor plumber chemist surgeon editor printer welder "
     "gardener cook clerk judge"
-).split()
-TOOLS = (
+)
+TOOLS = _words(
     "hammer lantern compass ladder barrel mirror kettle blanket basket bottle candle camera drill engine funnel guitar "
     "helmet needle pencil radio shovel telescope umbrella violin wrench"
-).split()
-SYLLABLES = (
+)
+SYLLABLES = _words(
     "ba be bo da de do fa fe ga go ka ke ko la le lo ma me mo na ne no pa pe ra re ro sa se so ta te to va ve vo za ze "
     "zo lin mar ton ver dal ril nor kas tem bur"
-).split()
+)
 
-ADJECTIVES = (
+ADJECTIVES = _words(
     "old quiet small large bright narrow gentle heavy distant modern simple careful patient slow sudden wide empty "
     "steady ordinary curious wooden warm cold early late public private recent local common"
-).split()
-NOUNS = (
+)
+NOUNS = _words(
     "morning report meeting street market window letter garden winter summer story table road committee neighbor "
     "visitor village engineer train boat plan question answer machine system result season picture habit voice lesson "
     "rule tradition journey problem idea project team record page chapter member guest child parent worker customer "
     "manager student shelf door wall roof field forest lake hill path corner kitchen lamp clock coat hat bag paper "
     "book map song game photo weather wind rain snow cloud"
-).split()
-VERBS = (
+)
+VERBS = _words(
     "watched described repaired carried opened noticed remembered ignored followed discussed cleaned moved painted "
     "visited measured answered finished changed copied planned collected mentioned studied explained avoided found"
-).split()
-ADVERBS = (
+)
+ADVERBS = _words(
     "slowly quietly often rarely carefully again later together nearby quickly almost usually finally already gladly"
-).split()
-PREPOSITIONS = (
-    "near behind beside above below across through around before after without inside outside toward"
-).split()
+)
+PREPOSITIONS = _words("near behind beside above below across through around before after without inside outside toward")
 CONNECTIVES = ("because", "although", "while", "until", "but")
 OPENINGS = ("In general,", "As a rule,", "Later that week,", "For some reason,", "Most of the time,", "Before long,")
 ALL_WORDS = (

@@ -12,6 +12,7 @@ from rabatch.errors import ConfigError
 from rabatch.index import nearest
 from rabatch.index.graph import build_graph, unreachable
 from rabatch.index.nearest import nearest_keys
+from rabatch.index.stress import stressed_vectors
 
 SMALL = GraphConfig(degree=6, key_neighbors=2, entry_points=3)
 
@@ -110,7 +111,7 @@ def test_nearest_keys_are_exact(n_keys):
 
 
 def test_nearest_keys_in_cells_are_nearly_exact(monkeypatch):
-    keys = np.random.default_rng(1).standard_normal((3000, 8)).astype(np.float32)
+    _, keys = stressed_vectors(3000, 1)
     exact = nearest_keys(keys, k=10)
     monkeypatch.setattr(nearest, "MAX_EXACT_KEYS", 1000)
     monkeypatch.setattr(nearest, "_KEYS_PER_CELL", 128)

@@ -55,7 +55,7 @@ def assert_same(found, expected, queries, keys, scaling=1.0):
 def test_agrees_with_naive(impl, dtype, n_heads, n_kv, n_queries, n_keys, k):
     queries, keys = vectors(n_heads, n_kv, n_queries, n_keys, dtype=dtype)
     positions = torch.linspace(0, max(n_keys - 1, 0), n_queries).long()
-    args = dict(k=k, scaling=0.25)
+    args = {"k": k, "scaling": 0.25}
     found, expected = (topk(queries, keys, positions, impl=i, **args) for i in (impl, "naive"))
     assert found[0].shape == (n_heads, n_queries, k)
     assert_same(found, expected, queries, keys, scaling=0.25)

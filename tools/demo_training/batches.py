@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -37,7 +38,7 @@ class QuestionMix:
         language_share, language_weight: share of the other positions that count in the loss, and their weight.
     """
 
-    kind_weights: tuple[float, ...] = (0.2, 0.1, 0.35, 0.35)
+    kind_weights: tuple[float, ...] = (0.25, 0.15, 0.35, 0.25)
     question_share: float = 0.4
     fact_share: tuple[float, float] = (0.1, 0.6)
     max_position: int = 16384
@@ -50,10 +51,17 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+def _special(tokenizer: Tokenizer, token: str) -> int:
+    token_id: int | None = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return token_id
+
+
 def question_sequence(
     rng: Random, tokenizer: Tokenizer, length: int, mix: QuestionMix
 ) -> tuple[list[int], list[bool], int]:
-    """One document followed by questions with answers: at most `length` ids, which of them are answers, document end."""
+    """One document and questions with answers: at most `length` ids, which of them are answers, the document's end."""
     n_questions = max(2, int(length * mix.question_share / TOKENS_PER_QUESTION))
     kinds = rng.choices(KINDS, weights=mix.kind_weights, k=n_questions)
     low, high = mix.fact_share
@@ -64,7 +72,7 @@ def question_sequence(
         fact_share=math.exp(rng.uniform(math.log(low), math.log(high))),
         similarity=rng.uniform(0.0, 0.6),
     )
-    begin = [tokenizer.token_to_id("<|begin|>")] if rng.random() < 0.4 else []
+    begin = [_special(tokenizer, "<|begin|>")] if rng.random() < 0.4 else []
     ids = (begin + _encode(tokenizer, text))[:length]
     document_end = len(ids)
     is_answer = [False] * document_end
@@ -85,9 +93,9 @@ def jumping_positions(rng: Random, length: int, document_end: int, max_position:
         return positions
     n_jumps = rng.choice((1, 1, 2, 4))
     total = (max_position - length) * rng.random() ** 1.5
-    cuts = sorted(rng.randint(1, document_end) for _ in range(n_jumps - 1)) + [document_end]
+    cuts = [*sorted(rng.randint(1, document_end) for _ in range(n_jumps - 1)), document_end]
     borders = [0.0, *sorted(rng.random() for _ in range(n_jumps - 1)), 1.0]
-    for cut, start, end in zip(cuts, borders, borders[1:], strict=False):
+    for cut, (start, end) in zip(cuts, pairwise(borders), strict=True):
         positions[cut:] += int(total * (end - start))
     return positions
 
@@ -95,7 +103,7 @@ def jumping_positions(rng: Random, length: int, document_end: int, max_position:
 def question_batch(rng: Random, tokenizer: Tokenizer, *, batch: int, length: int, mix: QuestionMix) -> Batch:
     """`batch` sequences of documents with questions; the loss is on answers plus a little language modelling."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    token_ids = torch.full((batch, length), tokenizer.token_to_id("<|pad|>"))
+    token_ids = torch.full((batch, length), _special(tokenizer, "<|pad|>"))
     weights = torch.zeros(batch, length)
     positions = torch.empty(batch, length, dtype=torch.long)
     for row in range(batch):
@@ -112,7 +120,7 @@ def question_batch(rng: Random, tokenizer: Tokenizer, *, batch: int, length: int
 def copy_batch(rng: Random, tokenizer: Tokenizer, *, batch: int, length: int, max_position: int) -> Batch:
     """Random tokens, then the same in chunks in another order: the bare skill of finding and copying."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    n_tokens = tokenizer.token_to_id("<|begin|>")
+    n_tokens = _special(tokenizer, "<|begin|>")
     half = length // 2
     token_ids = torch.empty(batch, 2 * half, dtype=torch.long)
     weights = torch.zeros(batch, 2 * half)

@@ -8,6 +8,7 @@ find. All embeddings have the same norm: RMSNorm would otherwise distort the ker
 
 import math
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def _init_embedding(weight: Tensor, frequencies: Tensor, generator: torch.Genera
 @torch.no_grad()
 def initialise_circuit(model: LlamaForCausalLM, frequencies: Tensor, seed: int) -> None:
     """Set all weights of `model` (hidden size 192, head_dim 64, two KV heads of three query heads) in place."""
-    config = model.config
+    config: Any = model.config
     head, hidden = config.head_dim, config.hidden_size
     if (hidden, head, config.num_attention_heads, config.num_key_value_heads) != (192, 64, 6, 2):
         raise ValueError("the circuit is laid out for hidden size 192, head_dim 64, 6 query heads and 2 KV heads")

@@ -4,6 +4,8 @@ transformers reads a jump in `position_ids` as the border of a packed sequence a
 jumps are what teaches the model long distances, so training calls the layers itself, with plain causal attention.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def hidden_states(model: LlamaForCausalLM, token_ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states [batch, length, hidden] of `token_ids` [batch, length] at RoPE `positions` [batch, length]."""
-    config = model.config
+    """Final hidden states [batch, length, hidden] of `token_ids` at RoPE `positions`, both [batch, length]."""
+    config: Any = model.config
     batch, length = token_ids.shape
     angles = positions[:, None, :, None].float() * model.model.rotary_emb.inv_freq
     x = model.model.embed_tokens(token_ids)

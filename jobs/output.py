@@ -1,0 +1,54 @@
+"""Result files, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rabatch.errors import ConfigError
+from rabatch.jobs.cluster import worker_url
+from rabatch.storage.filesystem import Folder
+
+
+def parquet_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """`rows` as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def jsonl_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """`rows` as JSON lines, the columns of `schema` in its order."""
+    lines = (json.dumps({name: row.get(name) for name in schema.names}, ensure_ascii=False) for row in rows)
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def read_parquet(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet file."""
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    return rows
+
+
+def write_rows(
+    url: str, rows: list[dict[str, Any]], schema: pa.Schema, *, storage_options: dict[str, Any] | None = None
+) -> None:
+    """Write `rows` to one file, its format told by its suffix.
+
+    Raises:
+        ConfigError: the suffix is neither ``.parquet`` nor ``.jsonl``.
+        StoreError: it cannot be written.
+    """
+    folder, _, name = worker_url(url, "report").rpartition("/")
+    Folder(folder, **(storage_options or {})).write(name, check_report(url)(rows, schema))
+
+
+def check_report(url: str) -> Any:
+    """What makes the bytes of a report at `url`."""
+    for suffix, encode in ((".parquet", parquet_bytes), (".jsonl", jsonl_bytes)):
+        if url.endswith(suffix):
+            return encode
+    raise ConfigError("report", url, "must end in .parquet or .jsonl")

@@ -1,0 +1,65 @@
+"""The examples run as a reader would run them, on small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SIZES = ("--documents", "1", "--tokens", "1024", "--questions", "4")
+
+
+def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, EXAMPLES / script, *arguments],
+        cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, run("quickstart.py", "out", *SIZES, cwd=folder)
+
+
+def test_quickstart_builds_and_answers(quickstart):
+    _, done = quickstart
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("built 1 documents, 0 were there already")
+    assert len(lines) == 5
+    assert sum("(right;" in line for line in lines[1:]) >= 3
+
+
+def test_a_store_is_readable_with_pyarrow_alone(quickstart):
+    folder, _ = quickstart
+    done = run("query_store.py", "out/index", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("doc-00000: ")
+    config = json.loads((ROOT / "rabatch/demo/model/config.json").read_text())
+    heads = [line for line in done.stdout.splitlines() if line.startswith("head ")]
+    assert len(heads) == config["num_key_value_heads"]
+    assert all(f", {config['head_dim']})" in line for line in heads)
+    assert done.stdout.count("most linked positions") == len(heads)
+
+
+def test_a_store_without_the_document_is_named(quickstart):
+    folder, _ = quickstart
+    done = run("query_store.py", "out/index", "doc-9", cwd=folder)
+    assert done.returncode == 1
+    assert "holds no document 'doc-9'" in done.stdout
+
+
+def test_query_store_imports_nothing_of_rabatch():
+    assert "import rabatch" not in (EXAMPLES / "query_store.py").read_text()
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "query_store.py"}
