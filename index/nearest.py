@@ -13,7 +13,7 @@ from rabatch.index.compiled import run_ranges
 MAX_EXACT_KEYS = 16384
 _KEYS_PER_CELL = 1024
 _CELLS_SEARCHED = 8
-_ROWS_PER_BLOCK = 1024  # fixed, so that the arithmetic, hence the result, does not depend on the thread count
+_ROWS_PER_BLOCK = 4096  # fixed, so that the arithmetic, hence the result, does not depend on the thread count
 
 
 def nearest_keys(keys: NDArray[np.float32], *, k: int, seed: int = 0, threads: int = 1) -> NDArray[np.int32]:

@@ -288,6 +288,6 @@ def kv_bytes(manifest: Manifest) -> int:
 
 
 if __name__ == "__main__":
-    from rabatch.cli import main
+    from rabatch.jobs.command import main
 
-    sys.exit(main(["build", *sys.argv[1:]]))
+    sys.exit(main("build"))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def connect(address: str | None = None) -> Cluster:
             if root is not None and not inside_job:
                 options["runtime_env"] = {"working_dir": str(root), "excludes": _EXCLUDED}
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+            with _silent_stderr():
+                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             fix = f"no Ray cluster answers there ({_first_line(error)}); leave it out for a local one"
             raise ConfigError("address", address, fix) from error
@@ -94,8 +96,23 @@ def connect(address: str | None = None) -> Cluster:
 def _quiet() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its C++ side writes to the terminal
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep Ray's C++ side from telling the terminal that it was told to be quiet. Failures are raised, not written."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _first_line(error: BaseException) -> str:
@@ -121,7 +138,9 @@ def dataset_context(*, row_blocks: bool) -> Iterator[None]:
     context.execution_no_progress_timeout_s = -1  # one chunk of a long prefill may take as long as it takes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        # Ray Data has no other way to bound the retries before 2.64, which pyproject.toml excludes.
+        warnings.filterwarnings("ignore", message=r".*ray_remote_args.*deprecated")
         yield
 
 
@@ -134,12 +153,9 @@ def actor_options(pool: int, *, cpus: float, gpus: float) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
         "num_cpus": cpus,
         "num_gpus": gpus,
-        "ray_remote_args_fn": _actor_lives,
+        "max_restarts": -1,
+        "max_task_retries": TASK_RETRIES,
     }
-
-
-def _actor_lives() -> dict[str, Any]:
-    return {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
 
 
 def gpus_per_actor(resources: Resources, device: str) -> float:

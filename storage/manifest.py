@@ -148,10 +148,8 @@ class Manifest:
         if not isinstance(values, dict):
             raise IntegrityError(name, values, "must be a JSON object; build the document again")
         version = values.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            fix = (
-                f"this version of rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
-            )
+        if type(version) is int and version != FORMAT_VERSION:  # before the fields: another format has others
+            fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
             raise FormatVersionError(f"{name}: format_version", version, fix)
         check_types(name, values)
         windows = tuple(values["geometry"]["sliding_windows"])

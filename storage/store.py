@@ -213,9 +213,7 @@ class IndexStore:
             raise IntegrityError(f"{self.url}/{MARKER}", text[:60], "is not the marker of a rabatch store")
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
-            fix = (
-                f"this version of rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
-            )
+            fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
             raise FormatVersionError(f"{self.url}: format_version", version, fix)
 
     def _put(self, path: str, data: pa.Buffer) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def prefill(model: Any, ids: list[int]) -> DynamicCache:
     return cache
 
 
-def static_part(model: Any, cache: DynamicCache) -> DynamicCache:
+def static_part(model: Any, cache: Any) -> DynamicCache:
     """Only the first `SINK_TOKENS` and the last `WINDOW_TOKENS` entries of every layer, at their old positions."""
     part = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):

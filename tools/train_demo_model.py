@@ -15,6 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +91,9 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Weighted mean cross entropy, and the share of answer tokens predicted right."""
+    """Weighted mean cross entropy, and the share of answer tokens predicted right. In fp32: many CPUs have no bf16."""
     selected = batch.loss_weights > 0
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
-        logits = model.lm_head(hidden_states(model, batch.token_ids, batch.positions)[selected]).float()
+    logits = model.lm_head(hidden_states(model, batch.token_ids, batch.positions)[selected])
     targets = batch.token_ids.roll(-1, dims=1)[selected]
     weights = batch.loss_weights[selected]
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -118,17 +118,17 @@ def quick_accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, n
             answers.append((question["kind"], len(ids), len(ids) + len(answer)))
             ids += answer
         token_ids = torch.tensor([ids])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
-            hidden = hidden_states(model, token_ids, torch.arange(len(ids))[None])[0]
-            for kind, start, end in answers:
-                predicted = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1)
-                right[kind].append(bool((predicted == token_ids[0, start:end]).all()))
+        hidden = hidden_states(model, token_ids, torch.arange(len(ids))[None])[0]
+        for kind, start, end in answers:
+            predicted = model.lm_head(hidden[start - 1 : end - 1]).argmax(-1)
+            right[kind].append(bool((predicted == token_ids[0, start:end]).all()))
     return {kind: sum(right[kind]) / max(1, len(right[kind])) for kind in KINDS}
 
 
 def export(model: LlamaForCausalLM, folder: Path) -> None:
     """Write `model` in bf16 with the tokenizer's files, as `AutoModelForCausalLM` reads it."""
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half: Any = LlamaForCausalLM(model.config)
+    half.to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     config = model.config
     half.generation_config = GenerationConfig(
@@ -155,27 +155,33 @@ def make_optimizer(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-9)
 
 
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """Every `steps` steps: a checkpoint, an export, and the quick accuracy at each of `lengths` (document tokens)."""
+
+    steps: int
+    lengths: tuple[int, ...]
+
+
 def train_stage(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     stage: Stage,
+    steps: range,
     *,
     out: Path,
     seed: int,
     tokens_seen: int,
-    resume_from: dict[str, object] | None = None,
-    check_every: int = 100,
-    check_lengths: tuple[int, ...] = (1024, 4096),
+    optimizer_state: dict[str, Any] | None,
+    checks: Checks,
 ) -> int:
-    """Run `stage`, print its progress, checkpoint every `check_every` steps. Returns the tokens seen so far."""
+    """Run the `steps` of `stage` and print its progress. Returns the tokens seen so far, in this run."""
     optimizer = make_optimizer(model, stage.learning_rate)
-    first_step = 0
-    if resume_from is not None:
-        optimizer.load_state_dict(resume_from["optimizer"])  # type: ignore[arg-type]
-        first_step = int(resume_from["step"])  # type: ignore[call-overload]
-    started = time.monotonic()
-    tokens_before, window = tokens_seen, []
-    for step in range(first_step, stage.steps):
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    started, tokens_before = time.monotonic(), tokens_seen
+    window: list[tuple[float, float]] = []
+    for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         batch = make_batch(stage, step, seed, tokenizer)
@@ -186,20 +192,21 @@ def train_stage(
         optimizer.zero_grad(set_to_none=True)
         tokens_seen += batch.token_ids.numel()
         window.append((loss.item(), correct))
-        if (step + 1) % min(25, check_every) == 0 or step + 1 == stage.steps:
+        last = step + 1 == steps.stop
+        if last or (step + 1) % min(25, checks.steps) == 0:
             rate = (tokens_seen - tokens_before) / (time.monotonic() - started)
-            means = [sum(values) / len(values) for values in zip(*window, strict=True)]
+            mean_loss, mean_correct = (sum(values) / len(values) for values in zip(*window, strict=True))
             print(
-                f"{stage.name} {step + 1}/{stage.steps} {tokens_seen / 1e6:.2f} M tokens, loss {means[0]:.3f}, "
-                f"answer tokens {means[1]:.3f}, {rate:.0f} tokens/s",
+                f"{stage.name} {step + 1}/{stage.steps} {tokens_seen / 1e6:.2f} M tokens, loss {mean_loss:.3f}, "
+                f"answer tokens {mean_correct:.3f}, {rate:.0f} tokens/s",
                 flush=True,
             )
             window = []
-        if (step + 1) % check_every == 0 or step + 1 == stage.steps:
+        if last or (step + 1) % checks.steps == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "stage": stage.name}
             save_checkpoint(out / "checkpoint.pt", {**state, "step": step + 1, "tokens": tokens_seen})
             export(model, out / "model")
-            for tokens in check_lengths:
+            for tokens in checks.lengths:
                 accuracy = quick_accuracy(model, tokenizer, tokens, max(1, 4096 // tokens))
                 print(f"  {tokens} tokens:", {kind: round(value, 3) for kind, value in accuracy.items()}, flush=True)
     return tokens_seen
@@ -223,6 +230,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", help="folder of weights to continue from (default: circuit initialisation)")
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="names, in order")
     parser.add_argument("--steps", help="steps of the stages, comma separated (default: the table's)")
+    parser.add_argument("--length", type=int, help="one sequence length for every stage, in tokens (for tests)")
+    parser.add_argument("--step-tokens", type=int, help="tokens per step of every stage (for tests)")
+    parser.add_argument("--stop-after", type=int, help="stop after this many steps in all, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check-every", type=int, default=100, help="steps between checkpoints and quick evaluations")
@@ -241,11 +251,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.steps:
         steps = map(int, options.steps.split(","))
         stages = [replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
+    if options.length:
+        stages = [replace(stage, lengths=(options.length,)) for stage in stages]
+    if options.step_tokens:
+        stages = [replace(stage, step_tokens=options.step_tokens) for stage in stages]
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     model = initial_model(options.start, options.seed, tokenizer)
+    checks = Checks(options.check_every, tuple(map(int, options.check_lengths.split(","))))
     state = None
     tokens_seen = 0
     if options.resume:
@@ -253,12 +268,18 @@ def main(arguments: list[str] | None = None) -> None:
         model.load_state_dict(state["model"])
         tokens_seen = state["tokens"]
         stages = stages[names.index(state["stage"]) :]
+    steps_left = options.stop_after or sum(stage.steps for stage in stages)
     for stage in stages:
+        first_step = state["step"] if state else 0
+        stop = min(stage.steps, first_step + steps_left)
         tokens_seen = train_stage(
-            model, tokenizer, stage, out=options.out, seed=options.seed, tokens_seen=tokens_seen, resume_from=state,
-            check_every=options.check_every, check_lengths=tuple(map(int, options.check_lengths.split(","))),
+            model, tokenizer, stage, range(first_step, stop), out=options.out, seed=options.seed,
+            tokens_seen=tokens_seen, optimizer_state=state["optimizer"] if state else None, checks=checks,
         )  # fmt: skip
+        steps_left -= stop - first_step
         state = None
+        if stop < stage.steps:
+            break
     print(f"{options.out / 'model'}: {tokens_seen} tokens trained")
 
 

@@ -59,8 +59,9 @@ def tail_logits(context: OpenContext, tails: Sequence[list[int]], recipe: Recipe
     model = context.loaded.model
     n, longest = len(context.token_ids), max(map(len, tails))
     pads = [longest - len(tail) for tail in tails]
-    ids = torch.tensor([[0] * pad + tail for pad, tail in zip(pads, tails, strict=True)])
-    mask = torch.ones(len(tails), n + longest, dtype=torch.long)
+    device = context.loaded.config.device
+    ids = torch.tensor([[0] * pad + tail for pad, tail in zip(pads, tails, strict=True)]).to(device)
+    mask = torch.ones(len(tails), n + longest, dtype=torch.long, device=device)
     for row, pad in enumerate(pads):
         mask[row, n : n + pad] = 0
     cache = TailCache(len(context.layers), n)

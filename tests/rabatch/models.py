@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from rabatch.models import local_path
 from rabatch.config import ModelConfig
+from rabatch.models import local_path
 
 COMMON: dict[str, Any] = {
     "vocab_size": 4096,

@@ -203,7 +203,7 @@ def test_finished_questions_are_not_counted_further(stored: Stored) -> None:
 
 
 def test_an_index_is_refused_for_another_model(stored: Stored) -> None:
-    loaded, store, manifest, _, _ = stored
+    _loaded, store, manifest, _, _ = stored
     other = load_model(ModelConfig(device="cpu", dtype="bfloat16"))
     with pytest.raises(FingerprintError, match="dtype"):
         open_context(store, manifest, other, Recipe())
@@ -234,7 +234,7 @@ def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(IntegrityError, match="sha256|SHA-256"):
+    with pytest.raises(IntegrityError, match=r"sha256|SHA-256"):
         open_context(store, manifest, loaded, Recipe())
 
 

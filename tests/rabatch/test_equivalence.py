@@ -86,7 +86,7 @@ def test_small_budget_differs_from_dense(setting: tuple, method: str) -> None:
 
 def test_sliding_layers_stay_sliding(setting: tuple) -> None:
     """A natively sliding layer stores its window only, keeps no graph, and says so in the manifest."""
-    name, loaded, (store, manifest) = setting
+    name, _loaded, (store, manifest) = setting
     windows = manifest.geometry.sliding_windows
     assert {layer for layer, window in enumerate(windows) if window} == SLIDING_LAYERS.get(name, set())
     for layer, window in enumerate(windows):

@@ -35,7 +35,7 @@ def text() -> str:
 def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text: str) -> None:
     """Every list is compared, by score, with the ranking that the queries of one unchunked pass give."""
     context = prefill.encode(loaded, "d", text)
-    cache, capture = run(loaded, context, BUILD)
+    _cache, capture = run(loaded, context, BUILD)
     calls: dict[int, AttentionCall] = {}
 
     class Recorder(PrefillCapture):

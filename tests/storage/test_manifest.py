@@ -76,6 +76,11 @@ def _set(values: dict[str, Any], where: str, value: object) -> None:
 
 
 HOSTILE = [
+    ("format_version", KeyError),
+    ("format_version", None),
+    ("format_version", "1"),
+    ("format_version", 1.0),
+    ("format_version", True),
     ("document_id", KeyError),
     ("document_id", 5),
     ("content_sha256", "ABC"),
@@ -180,7 +185,7 @@ def test_a_part_listed_twice_is_refused(manifest: Manifest) -> None:
         dataclasses.replace(manifest, parts=(*manifest.parts, renamed)).check()
 
 
-@pytest.mark.parametrize("version", [2, 0, None, "1", 1.0, True])
+@pytest.mark.parametrize("version", [2, 0, -1])
 def test_other_format_versions_say_so(manifest: Manifest, version: object) -> None:
     values = {**json.loads(manifest.to_json()), "format_version": version, "unknown_then": 1}
     with pytest.raises(FormatVersionError, match="format_version"):
@@ -204,5 +209,5 @@ def test_metadata_must_be_json(manifest: Manifest) -> None:
 
 
 def test_messages_begin_with_the_path_in_the_store(manifest: Manifest) -> None:
-    with pytest.raises(IntegrityError, match="^manifests/"):
+    with pytest.raises(IntegrityError, match=r"^manifests/"):
         dataclasses.replace(manifest, text_chars=-1).check()

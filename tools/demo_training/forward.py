@@ -23,8 +23,7 @@ def hidden_states(model: LlamaForCausalLM, token_ids: Tensor, positions: Tensor)
     batch, length = token_ids.shape
     angles = positions[:, None, :, None].float() * model.model.rotary_emb.inv_freq
     x = model.model.embed_tokens(token_ids)
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
     group = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:
         h = F.rms_norm(x, (config.hidden_size,), layer.input_layernorm.weight, config.rms_norm_eps)

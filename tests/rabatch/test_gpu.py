@@ -1,0 +1,45 @@
+"""The same path on a CUDA card: it equals dense attention there, and the CPU's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
+from rabatch.decode import answer_batch, open_context
+from rabatch.demo.corpus import generate_document
+from rabatch.models import load_model
+from tests.rabatch.engine import new_store, store_document, tail_logits
+
+pytestmark = pytest.mark.gpu
+BUILD = BuildConfig(sink_tokens=16, window_tokens=128, kv_dtype="float32", prefill_chunk_tokens=512)
+
+
+@pytest.mark.parametrize("method", ["flat", "graph"])
+def test_full_budget_equals_dense_on_cuda(tmp_path: Path, method: str) -> None:
+    loaded = load_model(ModelConfig(device="cuda", dtype="float32"))
+    document, questions = generate_document(document_id="d", tokens=2048, n_questions=4, seed=5)
+    store = new_store(tmp_path)
+    manifest = store_document(loaded, store, document["text"], BUILD)
+    tails = [loaded.template.encode_question(loaded.tokenizer, q["question"]) for q in questions]
+    found = {}
+    for recipe in (Recipe(method="dense"), Recipe(method=method, top_k=1 << 20)):  # type: ignore[arg-type]
+        found[recipe.method] = tail_logits(open_context(store, manifest, loaded, recipe), tails, recipe, steps=3)
+    torch.testing.assert_close(found[method], found["dense"], atol=1e-3, rtol=1e-3)
+
+
+def test_cuda_answers_are_the_cpus(tmp_path: Path) -> None:
+    answers = {}
+    document, questions = generate_document(document_id="d", tokens=4096, n_questions=12, seed=6)
+    for device in ("cpu", "cuda"):
+        loaded = load_model(ModelConfig(device=device, dtype="float32"))
+        store = new_store(tmp_path / device)
+        manifest = store_document(loaded, store, document["text"], BUILD)
+        recipe = Recipe()
+        context = open_context(store, manifest, loaded, recipe)
+        rows = answer_batch(context, questions, recipe, GenerationSettings(max_new_tokens=24))
+        answers[device] = [row["answer"] for row in rows]
+    same = sum(a == b for a, b in zip(answers["cpu"], answers["cuda"], strict=True))
+    assert same >= 11

@@ -1,0 +1,94 @@
+"""`verify` finds what is wrong and names it; `orphans` finds what no manifest lists."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from storage_samples import make_blocks, make_tokens, prepare
+
+from rabatch.errors import IntegrityError
+from rabatch.storage.store import IndexStore
+from rabatch.storage.verify import orphans, verify
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> IndexStore:
+    return IndexStore(tmp_path, create=True)
+
+
+def test_a_sound_store_has_no_problems(store: IndexStore) -> None:
+    seen: list[tuple[str, int]] = []
+    manifests = [store.commit(prepare(store, f"doc {i}", heads_per_part=1)[0]) for i in range(2)]
+    assert verify(store, progress=lambda path, size: seen.append((path, size))) == []
+    assert sorted(seen) == sorted((p.path, p.bytes) for m in manifests for p in m.parts)
+    assert verify(IndexStore("memory://empty-store", create=True)) == []
+
+
+def test_every_problem_is_named(store: IndexStore) -> None:
+    a, b, c = (store.commit(prepare(store, name)[0]) for name in "abc")
+    store.folder.delete(a.parts[1].path)
+    changed = bytearray(store.folder.read(a.parts[3].path))
+    changed[200] ^= 1
+    store.folder.write(a.parts[3].path, bytes(changed))
+    store.folder.write(c.path, b"{}")
+    problems = verify(store)
+    assert {(p.document_id, p.manifest_path, p.part) for p in problems} == {
+        ("a", a.path, a.parts[1].path),
+        ("a", a.path, a.parts[3].path),
+        ("", c.path, ""),
+    }
+    assert {next(w for w in ("is missing; b", "sha256", "format_version") if w in p.reason) for p in problems} == {
+        "is missing; b",
+        "sha256",
+        "format_version",
+    }
+    assert all("\n" not in p.reason for p in problems)
+    assert b.document_id not in {p.document_id for p in problems}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(store: IndexStore, bad: float) -> None:
+    manifest, _ = prepare(store)
+    block = make_blocks()[0]
+    block.values[1, 2, 3] = bad
+    part = store.put_layer(block, document_id="doc", fingerprint=manifest.fingerprint, attempt=store.new_attempt())
+    store.commit(dataclasses.replace(manifest, parts=(manifest.parts[0], part, *manifest.parts[2:])))
+    assert [(p.part, p.reason) for p in verify(store)] == [(part.path, "values: 1 numbers are not finite")]
+
+
+def test_offsets_must_lie_in_the_text(store: IndexStore) -> None:
+    manifest, _ = prepare(store)
+    tokens = make_tokens(20)
+    tokens.char_end[-1] = manifest.text_chars + 1
+    part = store.put_tokens(tokens, document_id="doc", fingerprint=manifest.fingerprint, attempt=store.new_attempt())
+    store.commit(dataclasses.replace(manifest, parts=(part, *manifest.parts[1:])))
+    (problem,) = verify(store)
+    assert (problem.part, problem.reason[:10]) == (part.path, "char_start")
+
+
+def test_graphs_are_checked_by_the_callers_rule(store: IndexStore) -> None:
+    store.commit(prepare(store)[0])
+    calls = []
+
+    def check(neighbors: np.ndarray, entries: np.ndarray) -> int:
+        calls.append((neighbors.shape, entries.shape))
+        return 5 if len(calls) == 2 else 0
+
+    (problem,) = verify(store, check_graph=check)
+    assert problem.reason == "head 1: 5 of 12 keys are unreachable"
+    assert calls == [((12, 4), (3,))] * 4  # two full layers of two heads; the sliding one has no graph
+
+
+def test_orphans_are_attempts_without_a_manifest(store: IndexStore) -> None:
+    assert orphans(store) == []
+    left, _ = prepare(store)
+    won = store.commit(prepare(store)[0])
+    store.commit(prepare(store)[0])  # lost
+    found = orphans(store)
+    assert left.parts[0].path.rsplit("/", 1)[0] in found
+    assert len(found) == 2
+    assert all(not part.path.startswith(folder) for folder in found for part in won.parts)
+    store.folder.write(won.path, b"{}")
+    with pytest.raises(IntegrityError):  # its parts would look like garbage
+        orphans(store)
