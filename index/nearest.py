@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from rabatch.index.compiled import run_ranges
 
-MAX_EXACT_KEYS = 16384
+# One core, head_dim 64, k 14: exact takes 0.2 s at 8K keys, 0.9 s at 16K, 3.7 s at 32K and grows with the square; 8 cells
+# of 1,024 find 97 % of the nearest at 32K keys in 2.5 s (4 cells 90 %; 4 cells of 2,048 95 %), and grow linearly.
+MAX_EXACT_KEYS = 32768
 _KEYS_PER_CELL = 1024
 _CELLS_SEARCHED = 8
-_ROWS_PER_BLOCK = 4096  # fixed, so that the arithmetic, hence the result, does not depend on the thread count
+_ROWS_PER_BLOCK = 4096  # fixed: the result must not depend on the thread count; faiss is half as fast with 1,024
 
 
 def nearest_keys(keys: NDArray[np.float32], *, k: int, seed: int = 0, threads: int = 1) -> NDArray[np.int32]:

@@ -17,13 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import ray.data
-import ray.exceptions
 from tqdm import tqdm
 
 from rabatch.config import BuildConfig, ModelConfig, Resources
-from rabatch.errors import RabatchError, StoreError
+from rabatch.errors import StoreError
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import make_manifest
 from rabatch.jobs import cluster
@@ -87,7 +84,7 @@ def build(
     index = IndexStore(store_url, create=True, storage_options=storage_options)
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
     fields = index_fields(settings, config)
-    job = _Job(units, plan_documents(units, limit=limit), index, fields, fingerprint_of(fields))
+    job = _Job(plan_documents(units, limit=limit), index, fields, settings)
     numbers = job.skip_committed()
     if numbers:
         options = {"model": settings, "config": config, "resources": resources, "connected": connected}
@@ -146,14 +143,12 @@ class _Open:
 class _Job:
     """The driver's view: which documents are planned, under way, committed, failed."""
 
-    def __init__(
-        self, units: Units, planned: list[Planned], store: IndexStore, fields: dict[str, Any], fingerprint: str
-    ) -> None:
-        self.units = units
+    def __init__(self, planned: list[Planned], store: IndexStore, fields: dict[str, Any], model: ModelConfig) -> None:
         self.planned = planned
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint_of(fields)
         self._store = store
         self._fields = fields
+        self._model = model
         self._open: dict[int, _Open] = {}
         self._reports: dict[int, dict[str, Any]] = {}
         self._manifests: dict[int, Manifest] = {}
@@ -215,7 +210,7 @@ class _Job:
 
     def _commit(self, number: int, document: _Open) -> None:
         row = document.row
-        stats = {"prefill_s": row["prefill_s"], "graph_s": document.graph_s, "write_s": document.write_s}
+        seconds = {"prefill_s": row["prefill_s"], "graph_s": document.graph_s, "write_s": document.write_s}
         try:
             manifest = self._store.commit(
                 make_manifest(
@@ -228,13 +223,13 @@ class _Job:
                     units_geometry=row["geometry"],
                     context_tokens=row["context_tokens"],
                     parts=list(document.parts.values()),
-                    stats=stats,
+                    stats={**seconds, "model": self._model.name, "device": self._model.device},
                 )
             )
         except StoreError as error:
             self._report(number, "failed", error=reason(error))
         else:
-            self._report(number, "built", manifest=manifest, stats=stats)
+            self._report(number, "built", manifest=manifest, seconds=seconds)
 
     def _report(
         self,
@@ -243,9 +238,9 @@ class _Job:
         *,
         error: str | None = None,
         manifest: Manifest | None = None,
-        stats: dict[str, float] | None = None,
+        seconds: dict[str, float] | None = None,
     ) -> None:
-        stats = stats or {}
+        seconds = seconds or {}
         if manifest is not None:
             self._manifests[number] = manifest
         self._reports[number] = {
@@ -255,8 +250,8 @@ class _Job:
             "reason": error,
             "context_tokens": manifest.context_tokens if manifest else 0,
             "stored_bytes": manifest.stored_bytes if manifest else 0,
-            "prefill_s": stats.get("prefill_s", 0.0),
-            "graph_s": stats.get("graph_s", 0.0),
+            "prefill_s": seconds.get("prefill_s", 0.0),
+            "graph_s": seconds.get("graph_s", 0.0),
             "fingerprint": self.fingerprint,
         }
 

@@ -130,10 +130,8 @@ def max_context_tokens(text_config: Any) -> int:
     limit = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30)
     for rope in _ropes(text_config):
         if rope.get("rope_type") == "longrope":
-            original = rope.get("original_max_position_embeddings") or getattr(
-                text_config, "original_max_position_embeddings", limit
-            )
-            limit = min(limit, int(original))
+            original = rope.get("original_max_position_embeddings")
+            limit = min(limit, int(original or getattr(text_config, "original_max_position_embeddings", None) or limit))
     return limit
 
 
@@ -174,7 +172,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     tokenizer = load_tokenizer(config)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             local_path(config),
             dtype=getattr(torch, config.dtype),
             attn_implementation=seam.NAME,

@@ -118,7 +118,7 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
     }
     for layer, (head_start, head_stop) in ranges:
         first = _first_row(len(context), geometry.sliding_windows[layer])
-        stored = cache.layers[layer]
+        keys, values = cache.states(layer)
         lists = capture.lists(layer, head_start, head_stop)
         yield {
             "unit_kind": "layer",
@@ -129,8 +129,8 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
             "layer": layer,
             "head_start": head_start,
             "head_stop": head_stop,
-            "keys": _to_bytes(stored.keys[0, head_start:head_stop, first:].to(kv_dtype)),
-            "values": _to_bytes(stored.values[0, head_start:head_stop, first:].to(kv_dtype)),
+            "keys": _to_bytes(keys[head_start:head_stop, first:].to(kv_dtype)),
+            "values": _to_bytes(values[head_start:head_stop, first:].to(kv_dtype)),
             "lists": lists.numpy().tobytes(),
         }
 
@@ -158,11 +158,10 @@ def _first_row(n_tokens: int, sliding_window: int) -> int:
 def _head_ranges(
     cache: ContextCache, capture: PrefillCapture, layer: int, kv_dtype: torch.dtype
 ) -> list[tuple[int, int]]:
-    stored = cache.layers[layer]
-    keys, values = stored.keys, stored.values
-    if keys is None or values is None or keys.shape != values.shape:
+    keys, values = cache.states(layer)
+    if keys.shape != values.shape:
         raise ModelError("model", layer, "keys and values of this layer differ in shape; rabatch needs them equal")
-    _, n_heads, n_tokens, head_dim = keys.shape
+    n_heads, n_tokens, head_dim = keys.shape
     rows = n_tokens - _first_row(n_tokens, capture.windows[layer])
     head_bytes = rows * head_dim * 2 * kv_dtype.itemsize + capture.lists(layer, 0, 1).nbytes
     step = max(1, MAX_UNIT_BYTES // max(1, head_bytes))

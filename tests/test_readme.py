@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Run in this order, in one folder, as the reader would, but on documents of these sizes.
 SESSION = (
-    "rabatch corpus corpus --documents 8 --tokens 8192 --questions 8",
+    "rabatch corpus --out corpus --documents 8 --tokens 8192 --questions 8",
     "rabatch build corpus/documents.jsonl --store index",
     "rabatch answer corpus/questions.jsonl --store index --output answers",
     "rabatch inspect --store index",
@@ -162,8 +162,9 @@ def options_in_help(command: str) -> set[str]:
 
 def documented_options(command: str) -> set[str]:
     sections = re.split(r"^## ", (ROOT / "docs/cli.md").read_text(), flags=re.MULTILINE)
-    own = [s for s in sections if s.startswith((f"`rabatch {command}`\n", "Options of every command"))]
-    assert own, f"docs/cli.md has no section for rabatch {command}"
+    headings = [section.splitlines()[0] for section in sections]
+    assert f"`rabatch {command}`" in headings, f"docs/cli.md has no section for rabatch {command}"
+    own = [s for s, h in zip(sections, headings, strict=True) if f"`rabatch {command}`" in h or "every command" in h]
     return {option for section in own for option in re.findall(r"^\| `(--[a-z-]+)", section, flags=re.MULTILINE)}
 
 

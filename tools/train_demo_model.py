@@ -62,11 +62,10 @@ STAGES = (
     Stage("copy", (512,), 200, 2e-3, step_tokens=4096, copy_share=1.0, final_rate=1.0),
     Stage("short", (256, 512, 1024), 1200, 1.2e-3, QuestionMix(question_share=0.6, max_position=16384)),
     Stage("medium", (512, 1024, 2048), 600, 1.2e-3, QuestionMix(max_position=36864)),
-    Stage("long", (1024, 2048, 4096), 300, 1e-3, QuestionMix(question_share=0.3, max_position=36864), step_tokens=4096),
     Stage(
-        "settle", (2048, 4096, 8192), 100, 5e-4,
-        QuestionMix(question_share=0.25, fact_share=(0.08, 0.3), max_position=36864),
-        step_tokens=8192, decay_share=1.0, final_rate=0.03,
+        "long", (1024, 2048, 2048, 4096, 4096, 8192), 450, 9e-4,
+        QuestionMix(question_share=0.3, fact_share=(0.08, 0.5), max_position=36864),
+        step_tokens=4096, warmup_steps=20, decay_share=0.8, final_rate=0.03,
     ),
 )  # fmt: skip
 

@@ -13,6 +13,8 @@ class _ContextLayer(CacheLayerMixin):
     """Keys and values of a context whose length is known: written in place, so chunks cost no copies."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, capacity_tokens: int) -> None:
         super().__init__()
@@ -48,7 +50,12 @@ class ContextCache(Cache):
     """Cache of a prefill: every layer keeps all tokens, also natively sliding ones (their mask restricts them)."""
 
     def __init__(self, n_layers: int, capacity_tokens: int) -> None:
-        super().__init__(layers=[_ContextLayer(capacity_tokens) for _ in range(n_layers)])
+        self._contexts = [_ContextLayer(capacity_tokens) for _ in range(n_layers)]
+        super().__init__(layers=list(self._contexts))
+
+    def states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each [n_kv_heads, capacity_tokens, head_dim]."""
+        return self._contexts[layer].keys[0], self._contexts[layer].values[0]
 
 
 class _TailLayer(DynamicLayer):

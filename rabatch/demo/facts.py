@@ -191,7 +191,7 @@ def _distinct(rng: Random, draw: Callable[[Random], str], n_values: int) -> list
 
 
 def _several_values(rng: Random, entities: Entities) -> Fact:
-    """The sentences state the order themselves: by a counter, or by naming the value before."""
+    """The sentences state the order themselves, by a counter or by naming the value before, and whether more follow."""
     n_values = rng.choice((2, 3))
     form = rng.random()
     keys: tuple[str, ...]
@@ -200,20 +200,21 @@ def _several_values(rng: Random, entities: Entities) -> Fact:
         values = _distinct(rng, person, n_values)
         # A carrier belongs to one parcel only, so that "from X to" leads to one sentence.
         keys = (f"{thing}/carriers", *(f"{value}/carrier" for value in values))
-        sentences = [f"P{thing[1:]} was first given to {values[0]}."]
-        sentences += [f"P{thing[1:]} passed from {a} to {b}." for a, b in pairwise(values)]
+        statements = [f"P{thing[1:]} was first given to {values[0]}"]
+        statements += [f"P{thing[1:]} passed from {a} to {b}" for a, b in pairwise(values)]
         question = f"Which {n_values} people carried {thing}?"
     elif form < 0.75:
         name = pick(rng, entities.places)
         values, keys = _distinct(rng, person, n_values), (f"{name}/guests",)
-        sentences = [f"Guest {i} of the {name} is {value}." for i, value in enumerate(values, start=1)]
+        statements = [f"Guest {i} of the {name} is {value}" for i, value in enumerate(values, start=1)]
         question = f"Who are guests 1 to {n_values} of the {name}?"
     else:
         name = pick(rng, entities.numbers)
         values, keys = _distinct(rng, number, n_values), (f"{name}/readings",)
-        sentences = [f"Reading {i} of meter {name} is {value}." for i, value in enumerate(values, start=1)]
+        statements = [f"Reading {i} of meter {name} is {value}" for i, value in enumerate(values, start=1)]
         question = f"What are readings 1 to {n_values} of meter {name}?"
-    return Fact("several_values", keys, tuple(sentences), tuple(values), question, ", ".join(values))
+    sentences = (*(f"{statement}, among others." for statement in statements[:-1]), f"{statements[-1]}.")
+    return Fact("several_values", keys, sentences, tuple(values), question, ", ".join(values))
 
 
 def _two_hop(rng: Random, entities: Entities) -> Fact:

@@ -1,0 +1,271 @@
+"""The options of the commands, and what all commands share: error style, `--json`, printing of results.
+
+Used by `rabatch.cli` and by the jobs' own entry points (``python -m rabatch.jobs.build``); imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from rabatch.config import (
+    DTYPES,
+    METHODS,
+    BuildConfig,
+    GenerationSettings,
+    GraphConfig,
+    ModelConfig,
+    Recipe,
+    Resources,
+)
+from rabatch.errors import ConfigError, RabatchError
+
+EXIT_FAILED_ROWS = 1
+EXIT_COULD_NOT_RUN = 2
+_INTERRUPTED = 130
+
+_BUILD, _GRAPH, _MODEL, _RECIPE = BuildConfig(), GraphConfig(), ModelConfig(), Recipe()
+_GENERATION, _RESOURCES = GenerationSettings(), Resources()
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as every error of rabatch."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"rabatch: error: {message} (see {self.prog} --help)\n")
+        raise SystemExit(EXIT_COULD_NOT_RUN)
+
+
+class Result(Protocol):
+    """What `build` and `answer` return."""
+
+    @property
+    def exit_code(self) -> int: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def summary(self) -> list[str]: ...
+
+
+def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """The command's exit code; an error of the user's is one line on stderr and 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return command(arguments)
+    except RabatchError as error:
+        sys.stderr.write(f"rabatch: error: {' '.join(str(error).split())}\n")
+        return EXIT_COULD_NOT_RUN
+    except KeyboardInterrupt:
+        sys.stderr.write("rabatch: interrupted; run the same command again to go on\n")
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return EXIT_FAILED_ROWS
+
+
+def show(result: Result, arguments: argparse.Namespace) -> int:
+    """Print a result; the exit code."""
+    if arguments.json:
+        print_json(result.to_dict())
+    else:
+        write_out("\n".join(result.summary()))
+    return result.exit_code
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout, in one line, ASCII."""
+    write_out(json.dumps(value))
+
+
+def write_out(text: str) -> None:
+    """Text to stdout; what the terminal cannot show is escaped, control characters too."""
+    safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(safe.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """`--store` and how to reach it."""
+    parser.add_argument("--store", required=True, metavar="URL", help="index store: a path or any fsspec URL")
+    parser.add_argument(
+        "--storage-options", type=_json_object, metavar="JSON", help='for fsspec, e.g. \'{"endpoint_url": "..."}\''
+    )
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    """The options of `rabatch build`."""
+    parser.add_argument("documents", help="folder of .txt and .md, or .jsonl or .parquet; a path or fsspec URL")
+    add_store(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the input")
+    parser.add_argument("--report", metavar="FILE", help="write a row per document to this .parquet or .jsonl file")
+    _add_model(parser)
+    group = parser.add_argument_group("what is stored (part of the fingerprint)")
+    group.add_argument("--index", choices=("graph", "none"), default=_BUILD.index, help="none: keys and values only")
+    _number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
+    _number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
+    _number(group, "--graph-degree", _GRAPH.degree, "links per key")
+    _number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
+    _number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
+    _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
+    _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
+    group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    group = _add_resources(parser, "--prefill-actors", "--graph-actors")
+    _number(group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it")
+    add_common(parser)
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    """The options of `rabatch answer`."""
+    parser.add_argument("questions", help=".jsonl or .parquet with question, and optionally question_id, document_id")
+    add_store(parser)
+    parser.add_argument(
+        "--output", metavar="URL", default="answers", help="folder for answers.parquet and .jsonl (answers)"
+    )
+    parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
+    _add_model(parser)
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=f"how to attend ({_RECIPE.method})")
+    _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
+    _number(group, "--search-list", _RECIPE.search_list, "candidates of a graph search; 0: twice top-k")
+    group.add_argument(
+        "--question-attention",
+        choices=("exact", "index"),
+        default=_RECIPE.question_attention,
+        help=f"how question tokens attend ({_RECIPE.question_attention})",
+    )
+    group = parser.add_argument_group("generation (default: the model's own settings)")
+    _number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
+    group.add_argument("--temperature", type=float, help="sample with this temperature")
+    group.add_argument("--top-p", type=float, help="sample from this share of the probability")
+    group.add_argument("--sampling-top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+    _number(group, "--seed", _GENERATION.seed, "of sampling")
+    group = _add_resources(parser, "--answer-actors")
+    _number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
+    add_common(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=_MODEL.name, help="hub name or path; demo: the one in the package (demo)")
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--device", default=_MODEL.device, help="auto, cpu, cuda or cuda:N (auto)")
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default=_MODEL.dtype, help="compute dtype (auto)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument(
+        "--context-template", metavar="TEXT", help="prompt with {document} and {question} once each, document first"
+    )
+
+
+def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("resources")
+    group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    for pool in pools:
+        _number(group, pool, 0, "actors; 0: as many as there is room for")
+    group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
+    _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
+    return group
+
+
+def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
+    group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
+def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `rabatch.build`."""
+    graph = GraphConfig(
+        degree=arguments.graph_degree,
+        key_neighbors=arguments.graph_key_neighbors,
+        entry_points=arguments.graph_entry_points,
+    )
+    config = BuildConfig(
+        sink_tokens=arguments.sink_tokens,
+        window_tokens=arguments.window_tokens,
+        index=arguments.index,
+        graph=graph,
+        query_share=arguments.query_share,
+        query_top_k=arguments.query_top_k,
+        prefill_chunk_tokens=arguments.prefill_chunk_tokens,
+        kv_dtype=arguments.kv_dtype,
+    )
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError("limit", arguments.limit, "must be at least 1")
+    return {
+        "config": config,
+        "limit": arguments.limit,
+        "report": arguments.report,
+        "resources": _resources(arguments, "prefill_actors", "graph_actors"),
+        **_shared_settings(arguments),
+    }
+
+
+def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `rabatch.answer`."""
+    recipe = Recipe(
+        method=arguments.recipe,
+        top_k=arguments.top_k,
+        search_list=arguments.search_list,
+        question_attention=arguments.question_attention,
+    )
+    sampling = (arguments.temperature, arguments.top_p, arguments.sampling_top_k)
+    generation = GenerationSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        stop_strings=tuple(arguments.stop),
+        do_sample=True if any(value is not None for value in sampling) else None,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.sampling_top_k,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+    )
+    return {
+        "recipe": recipe,
+        "generation": generation,
+        "output": arguments.output,
+        "fingerprint": arguments.fingerprint,
+        "resources": _resources(arguments, "answer_actors", "questions_per_batch"),
+        **_shared_settings(arguments),
+    }
+
+
+def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = ModelConfig(
+        name=arguments.model,
+        revision=arguments.revision,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        context_template=arguments.context_template,
+    )
+    return {
+        "store": arguments.store,
+        "storage_options": arguments.storage_options,
+        "model": model,
+        "address": arguments.address,
+    }
+
+
+def _resources(arguments: argparse.Namespace, *names: str) -> Resources:
+    values = {name: getattr(arguments, name) for name in names}
+    return Resources(gpus_per_actor=arguments.gpus_per_actor, cpus_per_actor=arguments.cpus_per_actor, **values)

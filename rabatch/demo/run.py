@@ -1,0 +1,120 @@
+"""`rabatch demo`: the whole way on synthetic documents, as a user would go it, with a table of what came out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rabatch.config import METHODS, GenerationSettings, Method
+from rabatch.demo.corpus import write_corpus
+from rabatch.errors import StoreError
+
+RECIPES: tuple[Method, ...] = ("graph", "dense", "streaming")
+_SAMPLES = 6
+_MAX_NEW_TOKENS = 64
+
+
+def run_demo(
+    *,
+    documents: int = 8,
+    tokens: int = 8192,
+    questions: int = 8,
+    seed: int = 0,
+    keep: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a corpus, build its indexes, answer its questions with each of `RECIPES`.
+
+    Args:
+        tokens: Of each document, at least.
+        questions: About each document.
+        keep: Folder for corpus, store and answers. None: a temporary one.
+        progress: Bars on stderr.
+
+    Returns:
+        What `rabatch demo --json` prints. `seconds.answer`, `attended_share` and `samples` are those of ``graph``;
+        sizes are in bytes, `kv_bytes` those of the same tokens' keys and values in bf16.
+    """
+    from rabatch.jobs.answer import answer
+    from rabatch.jobs.build import build
+
+    with ExitStack() as stack:
+        folder = Path(keep) if keep else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rabatch-demo-")))
+        if keep and folder.exists() and not folder.is_dir():
+            raise StoreError("keep", keep, "is a file; give a folder")
+        corpus = write_corpus(
+            str(folder / "corpus"), n_documents=documents, tokens=tokens, n_questions=questions, seed=seed
+        )
+        store = str(folder / "index")
+        built = build(corpus["paths"]["documents"], store=store, progress=progress)
+        answered = {
+            method: answer(
+                corpus["paths"]["questions"],
+                store=store,
+                recipe=method,
+                generation=GenerationSettings(max_new_tokens=_MAX_NEW_TOKENS),
+                output=str(folder / f"answers-{method}"),
+                progress=progress,
+            )
+            for method in RECIPES
+        }
+    return {
+        "documents": len(built.rows),
+        "tokens": built.tokens,
+        "questions": len(answered["graph"].rows),
+        "exact_match": {method: answered[method].exact_match for method in sorted(RECIPES)},
+        "attended_share": answered["graph"].attended_share,
+        "attended_shares": {method: answered[method].attended_share for method in sorted(RECIPES)},
+        "stored_bytes": built.stored_bytes,
+        "kv_bytes": built.kv_bytes,
+        "seconds": {
+            "build": built.seconds,
+            "answer": answered["graph"].seconds,
+            **{f"answer_{method}": answered[method].seconds for method in RECIPES if method != "graph"},
+        },
+        "failed": built.failed + sum(result.failed for result in answered.values()),
+        "samples": _samples(answered["graph"].rows),
+        "folder": keep,
+    }
+
+
+def _samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step = max(1, len(rows) // _SAMPLES)
+    names = ("document_id", "question", "expected", "answer", "reason")
+    return [{name: row[name] for name in names} for row in rows[::step][:_SAMPLES]]
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+    seconds, stored, kv = report["seconds"], report["stored_bytes"], report["kv_bytes"]
+    size = f"{stored / 1e6:,.1f} MB, {stored / kv:.2f} x keys and values in bf16" if kv else f"{stored} bytes"
+    lines = [
+        f"documents   {report['documents']}",
+        f"tokens      {report['tokens']:,}",
+        f"build       {seconds['build']:.1f} s, start of Ray and loading of the model included",
+        f"stored      {size} ({kv / 1e6:,.1f} MB)",
+        f"questions   {report['questions']}",
+        "",
+        "recipe      exact match   keys attended   seconds",
+    ]
+    for method in (m for m in METHODS if m in report["exact_match"]):
+        match, share = report["exact_match"][method], report["attended_shares"][method]
+        took = seconds["answer" if method == "graph" else f"answer_{method}"]
+        lines.append(f"{method:<12}{_percent(match):>11}   {_percent(share):>13}   {took:>7.1f}")
+    lines += ["", "some questions, answered with graph:"]
+    for sample in report["samples"]:
+        right = "right" if sample["answer"] == sample["expected"] else f"expected {json.dumps(sample['expected'])}"
+        given = sample["answer"] if sample["answer"] is not None else f"failed: {sample['reason']}"
+        lines += [f"  {sample['document_id']}: {sample['question']}", f"    {given}  ({right})"]
+    if report["failed"]:
+        lines += ["", f"{report['failed']} rows failed"]
+    if report["folder"]:
+        lines += ["", f"kept in {report['folder']}"]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
