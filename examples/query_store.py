@@ -3,7 +3,7 @@
     python examples/query_store.py STORE [DOCUMENT_ID]
 
 STORE is a path or URL that `rabatch build` wrote. Prints the committed documents, then one layer part of one of them:
-its columns, and for each KV head the most linked keys of the graph. The format is described in docs/design.md.
+its columns, and for each KV head the most linked keys of the graph. The format is described in docs/format.md.
 """
 
 import json

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from rabatch.index.compiled import run_ranges
 
-# One core, head_dim 64, k 14: exact takes 0.2 s at 8K keys, 0.9 s at 16K, 3.7 s at 32K and grows with the square; 8 cells
-# of 1,024 find 97 % of the nearest at 32K keys in 2.5 s (4 cells 90 %; 4 cells of 2,048 95 %), and grow linearly.
+# One core, head_dim 64, k 14: exact takes 0.2 s at 8K keys, 0.9 s at 16K, 3.7 s at 32K, growing with the square;
+# 8 cells of 1,024 find 97 % of the nearest at 32K keys in 2.5 s (4 cells: 90 %; 4 of 2,048: 95 %), growing linearly.
 MAX_EXACT_KEYS = 32768
 _KEYS_PER_CELL = 1024
 _CELLS_SEARCHED = 8

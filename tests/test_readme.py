@@ -107,6 +107,9 @@ def test_make_targets_of_the_readme_exist():
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
+pytestmark = pytest.mark.timeout(600)  # five commands, each with the start of Python, two with the start of Ray
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's shell session has been run."""
@@ -141,6 +144,25 @@ def test_links_lead_somewhere():
         if "://" not in target and not (document.parent / target).exists()
     ]
     assert broken == []
+
+
+def missing_tests(text: str) -> list[str]:
+    """Test files, and functions in them, that `text` names but that do not exist."""
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    return [
+        f"{path}::{function}"
+        for path, function in named
+        if not (ROOT / path).is_file() or (function and f"def {function}(" not in (ROOT / path).read_text())
+    ]
+
+
+def test_documents_name_tests_that_exist():
+    for document in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+        assert missing_tests(document.read_text()) == [], document.name
+    assert missing_tests("`tests/test_gone.py`, `tests/test_readme.py::test_gone`, `tests/test_readme.py`") == [
+        "tests/test_gone.py::",
+        "tests/test_readme.py::test_gone",
+    ]
 
 
 def test_every_command_is_documented():

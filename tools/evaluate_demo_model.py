@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "rabatch" / "demo" / "model"), help="model folder")
     parser.add_argument("--tokens", default="2048,4096,8192,16384", help="document lengths")
-    parser.add_argument("--documents", default="10,10,10,4", help="documents per length")
+    parser.add_argument("--documents", default="6,6,6,3", help="documents per length")
     parser.add_argument("--questions", type=int, default=40, help="questions per document, kinds in turn")
     parser.add_argument("--seed", type=int, default=20_000_000, help="no training seed")
     parser.add_argument("--threads", type=int, default=2)

@@ -131,7 +131,7 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
     half.load_state_dict(model.state_dict())
     config = model.config
     half.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=24, bos_token_id=config.bos_token_id,
+        do_sample=False, max_new_tokens=32, bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
     )  # fmt: skip
     half.save_pretrained(folder)

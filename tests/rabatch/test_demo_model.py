@@ -91,14 +91,15 @@ def train(*arguments: object) -> str:
 
 
 def test_training_runs_every_stage_and_resumes_exactly(tmp_path):
-    tiny = ("--length", 256, "--step-tokens", 256, "--check-every", 1, "--check-lengths", 256, "--threads", 1)
-    whole = train("--out", tmp_path / "whole", "--steps", "2,2,1,1,1", *tiny)
+    tiny = ("--steps", "2,2,1,1", "--length", 256, "--step-tokens", 256, "--check-every", 2, "--threads", 1)
+    tiny += ("--check-lengths", 256)
+    whole = train("--out", tmp_path / "whole", *tiny)
     losses = [float(value) for value in re.findall(r"loss (\S+),", whole)]
-    assert len(losses) == 7
+    assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
 
-    train("--out", tmp_path / "parts", "--steps", "2,2,1,1,1", "--stop-after", 3, *tiny)
-    train("--out", tmp_path / "parts", "--steps", "2,2,1,1,1", "--resume", *tiny)
+    train("--out", tmp_path / "parts", *tiny, "--stop-after", 3)
+    train("--out", tmp_path / "parts", *tiny, "--resume")
     weights = [
         AutoModelForCausalLM.from_pretrained(tmp_path / run / "model").state_dict() for run in ("whole", "parts")
     ]
