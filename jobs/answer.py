@@ -26,12 +26,12 @@ from rabatch.fingerprint import model_fields
 from rabatch.jobs import cluster
 from rabatch.jobs.answering import PARTS, AnswerActor, AnswerSettings, part_path
 from rabatch.jobs.catalog import Batch, Catalog, chunks, failed_row, join
+from rabatch.jobs.messages import raise_fatal
 from rabatch.jobs.output import jsonl_bytes, parquet_bytes, read_parquet
 from rabatch.jobs.results import AnswerResult, count
 from rabatch.jobs.rows import question_of, read_unit
 from rabatch.jobs.settings import model_settings, resolved_model
 from rabatch.jobs.sources import JSONL, PARQUET, Source, list_units
-from rabatch.jobs.stages import raise_fatal
 from rabatch.records import ANSWERS
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.store import IndexStore
@@ -182,7 +182,7 @@ def _run(
 def _lost(batch: Batch, recipe: Recipe, model: ModelConfig) -> Rows:
     reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or smaller "
     reason += "questions_per_batch, then run again"
-    about = {"document_id": batch.manifest.document_id, "manifest": batch.manifest}
+    about: dict[str, Any] = {"document_id": batch.manifest.document_id, "manifest": batch.manifest}
     return [failed_row(q, reason=reason, recipe=recipe, model=model, **about) for q in batch.questions]
 
 

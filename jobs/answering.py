@@ -13,8 +13,8 @@ from rabatch.config import GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import OpenContext, answer_batch, open_context
 from rabatch.jobs.catalog import failed_row
 from rabatch.jobs.cluster import limit_threads
+from rabatch.jobs.messages import fatal, one_row, reason
 from rabatch.jobs.output import parquet_bytes
-from rabatch.jobs.stages import fatal, one_row, reason
 from rabatch.models import LoadedModel, load_model
 from rabatch.records import ANSWERS
 from rabatch.storage.filesystem import Folder
@@ -77,17 +77,13 @@ class AnswerActor:
                     self._output.write(part_path(batch["key"]), data)
                 yield one_row({"key": batch["key"], "answers": data, "fatal": None})
 
-    def _answer(
-        self, loaded: LoadedModel, manifest: Manifest, questions: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def _answer(self, loaded: LoadedModel, manifest: Manifest, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         settings = self._settings
         try:
             if self._context is None or self._context.manifest != manifest:
                 self._context = None  # two contexts at once may be more than the memory holds
-                self._context = open_context(
-                    self._store, manifest, loaded, settings.recipe, threads=settings.threads
-                )
+                self._context = open_context(self._store, manifest, loaded, settings.recipe, threads=settings.threads)
             return answer_batch(self._context, questions, settings.recipe, settings.generation)
         except Exception as error:  # noqa: BLE001 (one document must not end the job)
-            why = {"reason": reason(error), "recipe": settings.recipe, "model": settings.model}
+            why: dict[str, Any] = {"reason": reason(error), "recipe": settings.recipe, "model": settings.model}
             return [failed_row(q, document_id=manifest.document_id, manifest=manifest, **why) for q in questions]

@@ -24,12 +24,14 @@ from rabatch.errors import StoreError
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import make_manifest
 from rabatch.jobs import cluster
+from rabatch.jobs.indexing import GraphActor, StoreAddress
+from rabatch.jobs.messages import raise_fatal, reason
 from rabatch.jobs.output import check_report, write_rows
 from rabatch.jobs.plan import Planned, plan_documents, read_documents
+from rabatch.jobs.prefilling import PrefillActor
 from rabatch.jobs.results import BuildResult, count
 from rabatch.jobs.settings import model_settings, resolved_model
 from rabatch.jobs.sources import Source, Units, list_units
-from rabatch.jobs.stages import GraphActor, PrefillActor, StoreAddress, raise_fatal, reason
 from rabatch.records import BUILD_REPORT
 from rabatch.storage.manifest import Manifest, Part, fingerprint_of, utc_now
 from rabatch.storage.store import IndexStore
@@ -87,7 +89,7 @@ def build(
     job = _Job(plan_documents(units, limit=limit), index, fields, settings)
     numbers = job.skip_committed()
     if numbers:
-        options = {"model": settings, "config": config, "resources": resources, "connected": connected}
+        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources, "connected": connected}
         address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
         with tqdm(total=len(numbers), desc="build", unit="doc", file=sys.stderr, disable=not progress) as bar:
             for row in _run(units, job.planned, numbers, address_of_parts, **options):

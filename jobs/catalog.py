@@ -14,7 +14,6 @@ from rabatch.config import GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import describe
 from rabatch.storage.manifest import Manifest
 
-
 _T = TypeVar("_T")
 
 

@@ -131,17 +131,19 @@ def dataset_context(*, row_blocks: bool) -> Iterator[None]:
         row_blocks: Keep one row per block and pass each on as soon as it is made. A row is up to 128 MiB of keys or a
             document that takes hours, so rows must spread over the actors one by one.
     """
-    context = ray.data.DataContext.get_current().copy()
-    if row_blocks:
-        context.target_max_block_size = 1  # bytes: every row exceeds it
-    context.max_errored_blocks = -1
-    context.execution_no_progress_timeout_s = -1  # one chunk of a long prefill may take as long as it takes
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with ray.data.DataContext.current(context), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # Ray Data has no other way to bound the retries before 2.64, which pyproject.toml excludes.
         warnings.filterwarnings("ignore", message=r".*ray_remote_args.*deprecated")
-        yield
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.data\.context")
+        context = ray.data.DataContext.get_current().copy()
+        if row_blocks:
+            context.target_max_block_size = 1  # bytes: every row exceeds it
+        context.max_errored_blocks = -1
+        context.execution_no_progress_timeout_s = -1  # one chunk of a long prefill may take as long as it takes
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        with ray.data.DataContext.current(context):
+            yield
 
 
 def actor_options(pool: int, *, cpus: float, gpus: float) -> dict[str, Any]:
@@ -238,7 +240,10 @@ def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         JobError: Ray cannot go on, e.g. because actors die while they start.
     """
     try:
+        table: Any
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from table.to_pylist()
     except (ray.exceptions.RayError, ray.data.exceptions.RayDataUserCodeException) as error:
-        raise JobError("ray", _first_line(error), "the job cannot go on; what is committed stays, run it again") from error
+        raise JobError(
+            "ray", _first_line(error), "the job cannot go on; what is committed stays, run it again"
+        ) from error

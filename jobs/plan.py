@@ -12,9 +12,8 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from rabatch.indexing import content_digest
 from rabatch.jobs.cluster import READER_CPUS, dataset_context
-from rabatch.jobs.rows import Place, Record, document_of, read_unit
+from rabatch.jobs.rows import Place, Record, content_sha256, document_of, read_unit
 from rabatch.jobs.sources import Units
 
 _MAX_TASKS = 1000
@@ -93,7 +92,7 @@ def _plan_row(unit: int, record: Record) -> dict[str, Any]:
         "offset": record.offset,
         "length": record.length,
         "chars": len(document["text"]),
-        "content_sha256": content_digest(document["text"]),
+        "content_sha256": content_sha256(document["text"]),
     }
 
 

@@ -111,7 +111,7 @@ def _read_jsonl(filesystem: Any, unit: Unit, places: dict[int, Place] | None) ->
 
 
 def _json_record(unit: Unit, row: int, offset: int, line: bytes) -> Record:
-    where = {"row": row, "source": f"{unit.name}:{row + 1}", "offset": offset, "length": len(line)}
+    where: dict[str, Any] = {"row": row, "source": f"{unit.name}:{row + 1}", "offset": offset, "length": len(line)}
     text, error = decode(line)
     if error is not None:
         return Record(**where, error=f"line is {error}")
@@ -250,6 +250,11 @@ def check_text(name: str, value: Any, *, present: bool) -> tuple[str, str | None
     except UnicodeEncodeError as problem:
         return _encodable(value), f"{name} holds half of a surrogate pair at character {problem.start}; repair it"
     return value, None
+
+
+def content_sha256(text: str) -> str:
+    """SHA-256 of a document's text as UTF-8, in hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _json_value(value: Any) -> Any:

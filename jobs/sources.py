@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import fsspec
 import pyarrow as pa
@@ -31,7 +31,7 @@ PARQUET = (".parquet",)
 _FOOTER_THREADS = 16
 _TABLE_ROWS = 256
 
-Source = str | os.PathLike[str] | ray.data.Dataset | pa.Table | list[dict[str, Any]]
+Source: TypeAlias = str | os.PathLike[str] | ray.data.Dataset | pa.Table | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _list_files(url: str, field: str, storage_options: dict[str, Any], suffixes:
         filesystem, root = fsspec.core.url_to_fs(url, **storage_options)
         is_file = filesystem.isfile(root)
         paths = [root] if is_file else sorted(filesystem.find(root))
-    except Exception as error:  # noqa: BLE001 (fsspec backends raise what they like)
+    except Exception as error:
         raise SourceError(field, url, f"cannot be read: {error}") from error
     base = root.rsplit("/", 1)[0] if is_file else root.rstrip("/")
     known, ignored = [], 0

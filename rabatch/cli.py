@@ -88,7 +88,9 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
         ("--seed", 0, "same seed, same corpus"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
-    parser.add_argument("--kinds", metavar="A,B", help="kinds of facts asked for (single,many_keys,several_values,two_hop)")
+    parser.add_argument(
+        "--kinds", metavar="A,B", help="kinds of facts asked for (single,many_keys,several_values,two_hop)"
+    )
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the files (jsonl)")
     cli_arguments.add_common(parser)
 
@@ -152,10 +154,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"store": arguments.store, "documents": rows, "damaged": damaged})
     else:
-        table = [("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")]
+        table: list[tuple[str, ...]] = [
+            ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
+        ]
         for row in rows:
             size = (f"{row['context_tokens']:,}", f"{row['stored_bytes']:,}")
-            about = (row["index"], _shorten(row["model"]), row["dtype"], _age(row["created_at"]), row["fingerprint"][:12])
+            about = (
+                row["index"],
+                _shorten(row["model"]),
+                row["dtype"],
+                _age(row["created_at"]),
+                row["fingerprint"][:12],
+            )
             table.append((_shorten(row["document_id"]), *size, *about))
         total = sum(row["stored_bytes"] for row in rows)
         lines = [*_columns(table, right=(1, 2)), f"{len(rows)} indexes, {total:,} bytes"]
@@ -203,7 +213,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     ids = [manifest.document_id for manifest in store.manifests(on_error=lambda path, error: None)]
     documents, indexes = len(set(ids)), len(ids)
     found = [
-        {"document_id": p.document_id, "manifest": p.manifest_path, "part": p.part, "reason": p.reason} for p in problems
+        {"document_id": p.document_id, "manifest": p.manifest_path, "part": p.part, "reason": p.reason}
+        for p in problems
     ]
     if arguments.json:
         counts = {"documents": documents, "indexes": indexes, "bytes": checked_bytes}
@@ -212,14 +223,18 @@ def _verify(arguments: argparse.Namespace) -> int:
         lines = [f"wrong: {p['document_id']!r} {p['part'] or p['manifest']}: {p['reason']}" for p in found]
         more = [f"wrong: {len(lines) - _PROBLEMS_SHOWN} more"] if len(lines) > _PROBLEMS_SHOWN else []
         counts_line = f"{indexes} indexes of {documents} documents, {checked_bytes:,} bytes read: "
-        write_out("\n".join([*lines[:_PROBLEMS_SHOWN], *more, counts_line + (f"{len(found)} problems" if found else "ok")]))
+        write_out(
+            "\n".join([*lines[:_PROBLEMS_SHOWN], *more, counts_line + (f"{len(found)} problems" if found else "ok")])
+        )
     return 1 if problems else 0
 
 
 def _columns(rows: list[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 

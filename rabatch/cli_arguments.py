@@ -120,7 +120,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
-    _number(group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it")
+    _number(
+        group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
+    )
     add_common(parser)
 
 
@@ -179,7 +181,9 @@ def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._Ar
 
 
 def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
-    group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})")
+    group.add_argument(
+        name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})"
+    )
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def unknown_commands(markdown: str) -> list[str]:
     return [command for command in commands_of(markdown) if command not in (*SESSION, *ELSEWHERE)]
 
 
-def run(*arguments: str, cwd: Path, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path, timeout_s: int = 500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},

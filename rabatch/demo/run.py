@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rabatch.config import METHODS, GenerationSettings, Method
+from rabatch.config import GenerationSettings, Method
 from rabatch.demo.corpus import write_corpus
 from rabatch.errors import StoreError
 
@@ -100,7 +100,7 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         "recipe      exact match   keys attended   seconds",
     ]
-    for method in (m for m in METHODS if m in report["exact_match"]):
+    for method in RECIPES:
         match, share = report["exact_match"][method], report["attended_shares"][method]
         took = seconds["answer" if method == "graph" else f"answer_{method}"]
         lines.append(f"{method:<12}{_percent(match):>11}   {_percent(share):>13}   {took:>7.1f}")

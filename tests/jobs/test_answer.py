@@ -1,0 +1,183 @@
+"""Answer: the same answers whatever the order and the company, and none asked twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rabatch.config import GenerationSettings, Resources
+from rabatch.errors import SourceError, StoreError
+from rabatch.jobs.answer import answer
+from rabatch.jobs.answering import PARTS
+from rabatch.records import ANSWERS
+
+ROOT = Path(__file__).parents[2]
+SHORT = GenerationSettings(max_new_tokens=24)
+PER_QUESTION = ("answer", "finish_reason", "answer_tokens", "question_tokens", "status", "context_tokens")
+
+
+def files(folder):
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def contents(result):
+    return {(r["question_id"], r["document_id"]): tuple(r[name] for name in PER_QUESTION) for r in result.rows}
+
+
+@pytest.fixture(scope="module")
+def answered(demo_store, tmp_path_factory):
+    """All questions of the corpus, and some that cannot be answered; the result and its output folder."""
+    output = tmp_path_factory.mktemp("answers")
+    asked = [
+        *demo_store.questions,
+        {"question_id": "everyone", "question": "Who keeps the north tower?"},
+        {"question_id": "lost", "question": "Who?", "document_id": "nowhere"},
+        {"question_id": "silent", "question": "  ", "document_id": "doc-00000"},
+        {"question_id": "long", "question": "number " * 50_000, "document_id": "doc-00000"},
+        {"question_id": demo_store.questions[0]["question_id"], "question": "Twice?", "document_id": "doc-00000"},
+        {"question": "No id?", "document_id": "doc-00002"},
+    ]
+    before = files(demo_store.store)
+    result = answer(asked, store=demo_store.store, generation=SHORT, output=str(output), progress=False)
+    assert files(demo_store.store) == before
+    return result, output, asked
+
+
+def test_every_question_is_a_row_in_input_order(answered, demo_store):
+    result, _, asked = answered
+    ids = [row["question_id"] for row in result.rows]
+    assert ids[:12] == [q["question_id"] for q in demo_store.questions]
+    everyone = [row for row in result.rows if row["question_id"] == "everyone"]
+    assert [row["document_id"] for row in everyone] == ["doc-00000", "doc-00001", "doc-00002"]
+    assert ids[12:] == ["everyone"] * 3 + ["lost", "silent", "long", asked[0]["question_id"], ids[-1]]
+    assert ids[-1].startswith("q-")
+
+
+def test_bad_questions_are_rows_with_reasons(answered):
+    result, *_ = answered
+    reasons = [(row["question_id"], row["reason"]) for row in result.rows if row["status"] == "failed"]
+    expected = ("document is not in the store", "question is empty", "shorten it", "question_id is the same as that of")
+    assert len(reasons) == len(expected)
+    assert [part in reason for part, (_, reason) in zip(expected, reasons, strict=True)] == [True] * 4
+    assert (result.failed, result.answered, result.exit_code) == (4, 16, 1)
+    assert result.summary()[-1].startswith("answered 16, failed 4 of 20 in ")
+
+
+def test_answers_carry_what_they_cost(answered):
+    result, *_ = answered
+    for row in result.rows:
+        if row["status"] == "ok":
+            assert row["finish_reason"] in ("stop", "length")
+            assert 0 < row["attended_share"] <= 1
+            assert row["seconds"] > 0
+            assert row["recipe"] == "graph"
+            assert len(row["fingerprint"]) == 64
+            assert 0 < sum(span["score"] for span in row["evidence"]) <= 1 + 1e-6
+    assert result.exact_match is not None
+    assert result.attended_share is not None
+
+
+def test_the_output_is_the_result_twice(answered):
+    result, output, _ = answered
+    assert pq.read_schema(output / "answers.parquet").names == ANSWERS.names
+    parquet = pq.read_table(output / "answers.parquet").to_pylist()
+    lines = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in parquet] == [row["answer"] for row in lines] == [r["answer"] for r in result.rows]
+    assert list(lines[0]) == ANSWERS.names
+
+
+def test_order_batch_size_and_company_change_no_answer(answered, demo_store):
+    result, _, asked = answered
+    want = contents(result)
+    resources = Resources(questions_per_batch=3, answer_actors=1)
+    backwards = answer(asked[11::-1], store=demo_store.store, generation=SHORT, resources=resources, progress=False)
+    assert [row["question_id"] for row in backwards.rows] == [q["question_id"] for q in asked[11::-1]]
+    assert contents(backwards) == {key: want[key] for key in contents(backwards)}
+    some = [asked[1], asked[6], asked[12]]
+    resources = Resources(questions_per_batch=1)
+    alone = answer(some, store=demo_store.store, generation=SHORT, resources=resources, progress=False)
+    assert contents(alone) == {key: want[key] for key in contents(alone)}
+
+
+def test_a_rerun_asks_only_what_is_not_answered(answered, demo_store):
+    result, output, asked = answered
+    parts = sorted((output / PARTS).glob("*.parquet"))
+    assert len(parts) == 2  # the batch of doc-00000 holds a failed question, so it is asked again
+    before = {part: part.read_bytes() for part in parts}
+    again = answer(asked, store=demo_store.store, generation=SHORT, output=str(output), progress=False)
+    assert again.reused == sum(row["document_id"] in ("doc-00001", "doc-00002") for row in result.rows)
+    assert contents(again) == contents(result)
+    assert {part: part.read_bytes() for part in parts} == before
+    (output / "answers.parquet").unlink()
+    good = [row for row in asked[:12] if row["document_id"] != "doc-00000"]
+    fresh = answer(good, store=demo_store.store, generation=SHORT, output=str(output), progress=False)
+    assert fresh.reused == 0  # other batches: the questions without a document were part of them
+    assert fresh.exit_code == 0
+    final = answer(good, store=demo_store.store, generation=SHORT, output=str(output), progress=False)
+    assert (final.reused, final.answered) == (8, 8)
+    assert pq.read_table(output / "answers.parquet").num_rows == 8
+
+
+def test_a_damaged_index_fails_its_questions_only(demo_store, tmp_path):
+    import shutil
+
+    from rabatch.storage.store import IndexStore
+
+    store = tmp_path / "index"
+    shutil.copytree(demo_store.store, store)
+    (manifest,) = IndexStore(str(store)).find("doc-00001")
+    part = store / next(part.path for part in manifest.parts if part.layer == 1)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    result = answer(demo_store.questions, store=str(store), recipe="flat", generation=SHORT, progress=False)
+    assert {(row["document_id"], row["status"]) for row in result.rows} == {
+        ("doc-00000", "ok"), ("doc-00001", "failed"), ("doc-00002", "ok")
+    }  # fmt: skip
+    assert "sha256" in next(row["reason"] for row in result.rows if row["status"] == "failed")
+
+
+@pytest.mark.parametrize(
+    ("questions", "change", "error", "reason"),
+    [
+        ("missing.jsonl", {}, SourceError, "does not exist"),
+        ([], {"store": "nothing-there"}, StoreError, "is no rabatch store"),
+        ([], {"output": "file/answers"}, StoreError, "a file lies where a folder is needed"),
+    ],
+)
+def test_what_cannot_run(demo_store, tmp_path, monkeypatch, questions, change, error, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(error, match=reason):
+        answer(questions, progress=False, **{"store": demo_store.store, **change})
+
+
+def test_no_questions_are_no_failure(demo_store):
+    result = answer([], store=demo_store.store, progress=False)
+    assert (result.rows, result.exit_code, result.exact_match) == ([], 0, None)
+
+
+def test_the_modules_run_by_themselves_from_anywhere(demo_store, tmp_path):
+    """Workers of a Ray that such a process starts find the code, though the working folder is another."""
+
+    def run(name, *arguments):
+        command = [sys.executable, "-m", f"rabatch.jobs.{name}", *arguments, "--store", demo_store.store, "--json"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in demo_store.static_set.items()]
+    built, _ = run("build", demo_store.corpus["paths"]["documents"], *flags)
+    assert (built["skipped"], built["failed"]) == (3, 0)
+    (tmp_path / "q.jsonl").write_text(json.dumps(demo_store.questions[0]) + "\n")
+    answered, stderr = run("answer", "q.jsonl", "--output", "out", "--recipe", "dense")
+    assert (answered["answered"], answered["rows"][0]["attended_share"]) == (1, 1.0)
+    assert "Traceback" not in stderr
+    assert (tmp_path / "out/answers.jsonl").is_file()
