@@ -181,7 +181,8 @@ def build_pools(resources: Resources, cluster: Cluster, *, n_documents: int, gpu
     else:
         prefill = int(cluster.gpus // gpus) if gpus else max(1, cluster.cores // (2 * cpus))
         prefill = max(1, min(prefill, n_documents, room - 1))
-    graph = resources.graph_actors or max(1, min(cluster.cores // cpus, room - prefill))
+    spare = cluster.cores - (0 if gpus else prefill * cpus)
+    graph = resources.graph_actors or max(1, min(spare // cpus, room - prefill))
     _check_fits(cluster, cpus=(prefill + graph) * cpus + READER_CPUS, gpus=prefill * gpus)
     return prefill, graph
 

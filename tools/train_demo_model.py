@@ -135,6 +135,7 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
     )  # fmt: skip
     half.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it readable by its owner only
     for name in COPIED_FILES:
         if (SHIPPED / name).resolve() != (folder / name).resolve():
             shutil.copyfile(SHIPPED / name, folder / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,24 +135,25 @@ def test_what_is_good_beside_bad_documents_is_sound(bad_input):
     assert outside == []
 
 
-def test_a_changed_text_is_indexed_again_and_the_newest_answers(local_ray, tmp_path):
+def test_a_changed_text_is_indexed_again_and_the_newest_answers(demo_store, tmp_path):
     import ray
 
     store = str(tmp_path / "index")
-    old, new = ({"document_id": "a", "text": WORDS * n} for n in (8, 9))
+    shutil.copytree(demo_store.store, store)
+    config = BuildConfig(**demo_store.static_set)
+    old = demo_store.documents[0]
+    new = {**old, "text": old["text"] + " " + WORDS}
 
     def newest():
         fields = model_fields(resolved_model(model_settings(None), has_cuda=False))
-        return Catalog(IndexStore(store).manifests(), fields, Recipe()).manifests["a"].text_chars
+        return Catalog(IndexStore(store).manifests(), fields, Recipe()).manifests["doc-00000"].text_chars
 
-    first = build(ray.data.from_items([old]), store=store, config=SMALL, progress=False)
-    assert (first.built, newest()) == (1, len(old["text"]))
+    assert newest() == len(old["text"])
+    changed = build(ray.data.from_items([new]), store=store, config=config, progress=False)
+    assert (changed.built, newest()) == (1, len(new["text"]))
     time.sleep(1)  # manifests carry whole seconds
-    second = build([new], store=store, config=SMALL, progress=False)
-    assert (second.built, newest()) == (1, len(new["text"]))
-    time.sleep(1)
-    third = build(pa.Table.from_pylist([old]), store=store, config=SMALL, progress=False)
-    assert (third.built, third.skipped, newest()) == (0, 1, len(old["text"]))
+    back = build(pa.Table.from_pylist([old]), store=store, config=config, progress=False)
+    assert (back.built, back.skipped, newest()) == (0, 1, len(old["text"]))
     assert problems(store) == []
 
 

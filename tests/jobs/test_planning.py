@@ -129,7 +129,7 @@ GPUS = Cluster(cpus=32, gpus=4, cores=32)
 
 
 def test_pools_fit_the_cluster():
-    assert build_pools(Resources(), TWO_CORES, n_documents=8, gpus=0) == (1, 2)
+    assert build_pools(Resources(), TWO_CORES, n_documents=8, gpus=0) == (1, 1)
     assert build_pools(Resources(), Cluster(16, 0, 16), n_documents=1, gpus=0)[0] == 1
     assert build_pools(Resources(), GPUS, n_documents=100, gpus=1) == (4, 27)
     assert build_pools(Resources(prefill_actors=2, graph_actors=1), TWO_CORES, n_documents=8, gpus=0) == (2, 1)
