@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -42,11 +43,11 @@ Rows = list[dict[str, Any]]
 def answer(
     questions: Source,
     *,
-    store: str,
+    store: str | os.PathLike[str],
     model: ModelConfig | str | None = None,
     recipe: Recipe | Method | None = None,
     generation: GenerationSettings | None = None,
-    output: str | None = None,
+    output: str | os.PathLike[str] | None = None,
     resources: Resources | None = None,
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
@@ -132,7 +133,9 @@ def answer(
     if folder is not None:
         folder.write("answers.parquet", parquet_bytes(rows, ANSWERS))
         folder.write("answers.jsonl", jsonl_bytes(rows, ANSWERS))
-    return _result(rows, reused=reused, seconds=time.perf_counter() - began, output=output)
+    return _result(
+        rows, reused=reused, seconds=time.perf_counter() - began, output=None if output is None else os.fspath(output)
+    )
 
 
 def _earlier(folder: Folder, batches: list[Batch]) -> dict[str, Rows]:

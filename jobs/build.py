@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ _BF16_BYTES = 2
 def build(
     documents: Source,
     *,
-    store: str,
+    store: str | os.PathLike[str],
     model: ModelConfig | str | None = None,
     config: BuildConfig | None = None,
     resources: Resources | None = None,

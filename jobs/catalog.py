@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from rabatch import __version__
 from rabatch.config import GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import describe
 from rabatch.storage.manifest import Manifest
 
 _T = TypeVar("_T")
@@ -192,7 +191,7 @@ def failed_row(
         "answer_tokens": None,
         "attended_share": None,
         "seconds": None,
-        "recipe": describe(recipe),
+        "recipe": recipe.method,
         "model": model.name,
         "fingerprint": manifest.fingerprint if manifest else None,
     }

@@ -85,7 +85,7 @@ def list_units(
         SourceError: it does not exist, cannot be listed, holds no file of a known kind, or is of another type.
     """
     if isinstance(source, str | os.PathLike):
-        return _list_files(worker_url(os.fspath(source), field), field, dict(storage_options or {}), suffixes)
+        return _list_files(worker_url(source, field), field, dict(storage_options or {}), suffixes)
     if isinstance(source, ray.data.Dataset):
         blocks = source.to_arrow_refs()
         rows = ray.get([_n_rows.remote(block) for block in blocks])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import logging
 import time
@@ -276,7 +275,7 @@ def _row(context: OpenContext, question: Row, recipe: Recipe) -> Row:
         "answer_tokens": None,
         "attended_share": None,
         "seconds": None,
-        "recipe": describe(recipe),
+        "recipe": recipe.method,
         "model": context.loaded.config.name,
         "fingerprint": context.manifest.fingerprint,
     }
@@ -284,8 +283,3 @@ def _row(context: OpenContext, question: Row, recipe: Recipe) -> Row:
 
 def _failed(context: OpenContext, question: Row, recipe: Recipe, reason: str) -> Row:
     return _row(context, question, recipe) | {"reason": reason}
-
-
-def describe(recipe: Recipe) -> str:
-    """The recipe as one word for tables: its method."""
-    return dataclasses.asdict(recipe)["method"]

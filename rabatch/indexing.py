@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 
 from rabatch.config import BuildConfig
 from rabatch.index.graph import build_graph
-from rabatch.prefill import Unit, index_range, unit_array, unit_tensor
-from rabatch.storage.manifest import Geometry, Manifest, Part, utc_now
+from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
+from rabatch.units import Unit, index_range, read_geometry, unit_array, unit_tensor
 
 
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
@@ -35,10 +34,9 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             ranked = lists[head][lists[head][:, 0] >= 0]
             graphs.append(build_graph(indexed, ranked, config=build.graph, threads=threads))
         neighbors = np.stack([graph.neighbors for graph in graphs])
-        width = max(1, max(len(graph.entries) for graph in graphs))
-        entries = np.full((heads, width), -1, dtype=np.int32)
-        for head, graph in enumerate(graphs):
-            entries[head, : len(graph.entries)] = graph.entries
+        if stop > start:
+            # Graphs may have fewer entry points than asked for; a repeated one changes no search.
+            entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
     return LayerBlock(
         layer=unit["layer"],
         head_start=unit["head_start"],
@@ -110,9 +108,3 @@ def make_manifest(
 def content_digest(text: str) -> str:
     """SHA-256 of a document's text as UTF-8, in hex; lone surrogates count as they are."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def read_geometry(text: str) -> Geometry:
-    """The geometry a unit carries as JSON."""
-    values = json.loads(text)
-    return Geometry(**{**values, "sliding_windows": tuple(values["sliding_windows"])})

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +19,12 @@ from rabatch.fingerprint import stored_dtype
 from rabatch.models import LoadedModel
 from rabatch.prompts import EncodedContext
 from rabatch.storage.manifest import Geometry
+from rabatch.units import Unit, index_range
 
 MAX_UNIT_BYTES = 96 << 20
 """Aim for the size of one row between actors; Ray Data wants rows below 128 MiB."""
 RESERVED_TOKENS = 256
 """Room that a context leaves for question and answer, at most an eighth of what the model takes."""
-
-Unit = dict[str, Any]
-"""An Arrow-able row. `unit_kind` "tokens": token_id, char_start, char_end. "layer": keys, values (bytes of
-[heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k])."""
 
 
 def encode(loaded: LoadedModel, document_id: str, text: str) -> EncodedContext:
@@ -73,12 +68,6 @@ def run(loaded: LoadedModel, context: EncodedContext, build: BuildConfig) -> tup
                 logits_to_keep=1,
             )
     return cache, capture
-
-
-def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:
-    """Rows of the key index: everything but the static set."""
-    start = min(build.sink_tokens, context_tokens)
-    return start, max(start, context_tokens - build.window_tokens)
 
 
 def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: BuildConfig) -> Iterator[Unit]:
@@ -170,14 +159,3 @@ def _head_ranges(
 
 def _to_bytes(states: Tensor) -> bytes:
     return states.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
-def unit_tensor(data: bytes, kv_dtype: str, heads: int, head_dim: int) -> Tensor:
-    """Bytes of a unit's keys or values as [heads, rows, head_dim]."""
-    flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, kv_dtype)) if data else torch.empty(0)
-    return flat.view(heads, -1, head_dim)
-
-
-def unit_array(data: bytes, dtype: type) -> np.ndarray:
-    """Bytes of a unit's other columns."""
-    return np.frombuffer(data, dtype=dtype)

@@ -39,8 +39,8 @@ _OPEN: dict[str, Callable[[Recipe, LayerBlock, np.ndarray, int], LayerIndex | No
 
 
 def open_index(recipe: Recipe, block: LayerBlock, start: int, stop: int, *, threads: int = 1) -> LayerIndex | None:
-    """The key index over rows [start, stop) of a layer, or None if the recipe retrieves nothing."""
-    if _OPEN[recipe.method] is _nothing:
+    """The key index over rows [start, stop) of a layer, or None if there is nothing to retrieve."""
+    if stop <= start or _OPEN[recipe.method] is _nothing:
         return None
     keys = np.ascontiguousarray(block.keys[:, start:stop].float().numpy())
     return _OPEN[recipe.method](recipe, block, keys, threads)

@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", default="2048,4096,8192,16384", help="document lengths")
     parser.add_argument("--documents", default="6,6,6,3", help="documents per length")
     parser.add_argument("--questions", type=int, default=40, help="questions per document, kinds in turn")
-    parser.add_argument("--seed", type=int, default=20_000_000, help="no training seed")
+    parser.add_argument("--seed", type=int, default=30_000_000, help="of the documents")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--failures", type=int, default=0, help="print this many wrong answers per length")
     options = parser.parse_args(arguments)

@@ -156,21 +156,31 @@ def test_no_questions_are_no_failure(demo_store):
     assert (result.rows, result.exit_code, result.exact_match) == ([], 0, None)
 
 
-def test_the_modules_run_by_themselves_from_anywhere(demo_store, tmp_path):
-    """Workers of a Ray that such a process starts find the code, though the working folder is another."""
+def run_module(name, *arguments, cwd):
+    """``python -m rabatch.jobs.NAME`` in a folder that is not the checkout's; its JSON."""
+    command = [sys.executable, "-m", f"rabatch.jobs.{name}", *map(str, arguments), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout)
 
-    def run(name, *arguments):
-        command = [sys.executable, "-m", f"rabatch.jobs.{name}", *arguments, "--store", demo_store.store, "--json"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout), done.stderr
+
+def test_the_answer_module_runs_by_itself(demo_store, tmp_path):
+    """Workers of the Ray that it starts find the code, though the working folder is another."""
+    (tmp_path / "q.jsonl").write_text(json.dumps(demo_store.questions[0]) + "\n")
+    arguments = ("q.jsonl", "--store", demo_store.store, "--output", "out", "--recipe", "dense")
+    answered = run_module("answer", *arguments, cwd=tmp_path)
+    assert (answered["answered"], answered["rows"][0]["attended_share"]) == (1, 1.0)
+    assert (tmp_path / "out/answers.jsonl").is_file()
+
+
+def test_the_build_module_joins_a_cluster(demo_store, tmp_path):
+    """The cluster's workers are given the checkout's code."""
+    import ray
 
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in demo_store.static_set.items()]
-    built, _ = run("build", demo_store.corpus["paths"]["documents"], *flags)
+    address = ray.get_runtime_context().gcs_address
+    documents = demo_store.corpus["paths"]["documents"]
+    built = run_module("build", documents, "--store", demo_store.store, *flags, "--address", address, cwd=tmp_path)
     assert (built["skipped"], built["failed"]) == (3, 0)
-    (tmp_path / "q.jsonl").write_text(json.dumps(demo_store.questions[0]) + "\n")
-    answered, stderr = run("answer", "q.jsonl", "--output", "out", "--recipe", "dense")
-    assert (answered["answered"], answered["rows"][0]["attended_share"]) == (1, 1.0)
-    assert "Traceback" not in stderr
-    assert (tmp_path / "out/answers.jsonl").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -214,25 +215,42 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path):
     assert problems(store) == []
 
 
-@pytest.mark.slow
-def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
-    corpus = write_corpus(str(tmp_path / "corpus"), n_documents=3, tokens=4000, n_questions=1)
-    killed = []
+@contextlib.contextmanager
+def killer(limit):
+    """Kills prefill workers at work, `limit` of them; yields the list of the killed."""
+    killed: list[int] = []
+    stop = threading.Event()
 
-    def kill_one():
-        while not killed and not stop.is_set():
+    def watch():
+        while len(killed) < limit and not stop.is_set():
             for pid in workers(os.getpid(), "MapWorker(MapBatches(PrefillActor)).submit"):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
-                return
-            time.sleep(0.02)
+            time.sleep(0.05)
 
-    stop = threading.Event()
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=watch)
     thread.start()
-    result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
+    yield killed
     stop.set()
     thread.join()
-    assert killed
+
+
+@pytest.mark.slow
+def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
+    corpus = write_corpus(str(tmp_path / "corpus"), n_documents=3, tokens=4000, n_questions=1)
+    with killer(limit=1) as killed:
+        result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
+    assert len(killed) == 1
     assert (result.built, result.failed) == (3, 0)
     assert problems(tmp_path / "index") == []
+
+
+@pytest.mark.slow
+def test_a_document_that_always_kills_its_actor_fails_alone(local_ray, tmp_path):
+    corpus = write_corpus(str(tmp_path / "corpus"), n_documents=1, tokens=4000, n_questions=1)
+    with killer(limit=100) as killed:
+        result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
+    assert len(killed) >= 4
+    assert (result.built, result.failed) == (0, 1)
+    assert "its worker died 4 times" in result.rows[0]["reason"]
+    assert list(IndexStore(str(tmp_path / "index")).manifests()) == []

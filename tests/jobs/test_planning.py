@@ -129,8 +129,9 @@ GPUS = Cluster(cpus=32, gpus=4, cores=32)
 
 
 def test_pools_fit_the_cluster():
-    assert build_pools(Resources(), TWO_CORES, n_documents=8, gpus=0) == (1, 1)
-    assert build_pools(Resources(), Cluster(16, 0, 16), n_documents=1, gpus=0)[0] == 1
+    assert build_pools(Resources(), TWO_CORES, n_documents=8, gpus=0) == (2, 1)
+    assert build_pools(Resources(), Cluster(16, 0, 16), n_documents=99, gpus=0) == (11, 4)
+    assert build_pools(Resources(), Cluster(16, 0, 16), n_documents=1, gpus=0) == (1, 14)
     assert build_pools(Resources(), GPUS, n_documents=100, gpus=1) == (4, 27)
     assert build_pools(Resources(prefill_actors=2, graph_actors=1), TWO_CORES, n_documents=8, gpus=0) == (2, 1)
     assert answer_pool(Resources(), TWO_CORES, n_rows=8, gpus=0) == 2
@@ -154,6 +155,7 @@ def test_pools_that_do_not_fit_are_refused(resources, cluster, gpus, reason):
 def test_urls_for_workers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert worker_url("x/y", "store") == str(tmp_path / "x/y")
+    assert worker_url(tmp_path / "x", "store") == str(tmp_path / "x")
     assert worker_url("s3://b/x", "store") == "s3://b/x"
     with pytest.raises(ConfigError, match="store = 'memory://x'"):
         worker_url("memory://x", "store")

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -72,8 +70,16 @@ def test_answers_questions_about_a_document(model, tokenizer):
     assert sum(right) >= 0.9 * len(questions)
 
 
-def test_training_forward_equals_transformers(model, tokenizer, monkeypatch):
+@pytest.fixture
+def tools(monkeypatch):
+    """Lets a test import the scripts in tools/, and restores what they set."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def test_training_forward_equals_transformers(model, tokenizer, tools):
     from demo_training.forward import hidden_states
 
     ids = tokenizer("The value of key 12 is 34." * 9, return_tensors="pt").input_ids
@@ -83,25 +89,30 @@ def test_training_forward_equals_transformers(model, tokenizer, monkeypatch):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def train(*arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "tools" / "train_demo_model.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_training_runs_every_stage_and_resumes_exactly(tmp_path, tools, capsys):
+    from train_demo_model import main
 
-
-def test_training_runs_every_stage_and_resumes_exactly(tmp_path):
-    tiny = ("--steps", "2,2,1,1", "--length", 256, "--step-tokens", 256, "--check-every", 2, "--threads", 1)
-    tiny += ("--check-lengths", 256)
-    whole = train("--out", tmp_path / "whole", *tiny)
-    losses = [float(value) for value in re.findall(r"loss (\S+),", whole)]
+    tiny = ["--steps", "2,2,1,1", "--length", "256", "--step-tokens", "256", "--check-every", "2", "--threads", "1"]
+    tiny += ["--check-lengths", "256"]
+    main(["--out", str(tmp_path / "whole"), *tiny])
+    losses = [float(value) for value in re.findall(r"loss (\S+),", capsys.readouterr().out)]
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
 
-    train("--out", tmp_path / "parts", *tiny, "--stop-after", 3)
-    train("--out", tmp_path / "parts", *tiny, "--resume")
+    main(["--out", str(tmp_path / "parts"), *tiny, "--stop-after", "3"])
+    main(["--out", str(tmp_path / "parts"), *tiny, "--resume"])
     weights = [
         AutoModelForCausalLM.from_pretrained(tmp_path / run / "model").state_dict() for run in ("whole", "parts")
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight)
+
+
+def test_evaluation_counts_dense_and_static_answers(tools, capsys):
+    from evaluate_demo_model import main
+
+    main(["--tokens", "1024", "--documents", "1", "--questions", "8", "--threads", "1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]
+    assert [sum(counts) for counts in zip(*result["dense"].values(), strict=True)][1] == 8
+    assert sum(right for right, _ in result["dense"].values()) >= 6
+    assert sum(right for right, _ in result["static"].values()) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 from rabatch import prefill
 from rabatch.attention.capture import PrefillCapture
 from rabatch.attention.seam import AttentionCall, attending
-from rabatch.config import BuildConfig, ModelConfig
+from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
+from rabatch.decode import answer_batch, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import DocumentError
 from rabatch.index.graph import unreachable
 from rabatch.indexing import layer_block
 from rabatch.models import LoadedModel, load_model
-from rabatch.prefill import index_range, prefill_units, run, unit_array, unit_tensor
+from rabatch.prefill import prefill_units, run
+from rabatch.storage.verify import verify
+from rabatch.units import index_range, unit_array, unit_tensor
+from tests.rabatch.engine import new_store, store_document
 
 BUILD = BuildConfig(sink_tokens=8, window_tokens=40, query_top_k=8, query_share=0.3, prefill_chunk_tokens=97)
 
@@ -100,13 +105,36 @@ def test_blocks_are_ready_to_search(loaded: LoadedModel, text: str) -> None:
 
 
 @pytest.mark.parametrize("n_words", [1, 3, 60])
-def test_documents_shorter_than_the_static_set(loaded: LoadedModel, n_words: int) -> None:
+def test_documents_shorter_than_the_static_set(loaded: LoadedModel, tmp_path: Path, n_words: int) -> None:
     """They have an empty key index and are answered from the static set."""
-    units = list(prefill_units(loaded, "d", "mill " * n_words, BuildConfig()))
-    for unit in units[1:]:
-        block = layer_block(unit, BuildConfig())
-        assert block.neighbors is not None
-        assert block.neighbors.shape[1] == 0
+    store = new_store(tmp_path)
+    manifest = store_document(loaded, store, "mill " * n_words, BuildConfig())
+    assert verify(store) == []
+    for recipe in (Recipe(), Recipe(method="flat"), Recipe(method="dense")):
+        context = open_context(store, manifest, loaded, recipe)
+        row = answer_batch(
+            context, [{"question_id": "q", "question": "What?"}], recipe, GenerationSettings(max_new_tokens=4)
+        )[0]
+        assert (row["status"], row["attended_share"]) == ("ok", 1.0), row["reason"]
+
+
+def test_a_layer_split_by_heads_is_read_whole(
+    loaded: LoadedModel, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads in parts of their own, with entry points of their own number: the same layer comes back."""
+    whole = store_document(loaded, store_a := new_store(tmp_path / "a"), text, BUILD)
+    monkeypatch.setattr(prefill, "MAX_UNIT_BYTES", 1)
+    split = store_document(loaded, store_b := new_store(tmp_path / "b"), text, BUILD)
+    assert len(split.parts) > len(whole.parts)
+    for layer in range(loaded.geometry.n_layers):
+        one, other = store_a.read_layer(whole, layer), store_b.read_layer(split, layer)
+        assert torch.equal(one.keys, other.keys)
+        assert one.neighbors is not None
+        assert other.neighbors is not None
+        np.testing.assert_array_equal(one.neighbors, other.neighbors)
+        assert one.entries is not None
+        assert other.entries is not None
+        assert [set(e) for e in one.entries] == [set(e) for e in other.entries]
 
 
 def test_over_the_models_context(loaded: LoadedModel) -> None:

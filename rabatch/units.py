@@ -1,0 +1,43 @@
+"""What travels from prefill to graph construction: one row per (layer, range of KV heads), and how to read it.
+
+Imports no model code, so that an actor that only builds graphs starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rabatch.config import BuildConfig
+from rabatch.storage.manifest import Geometry
+
+Unit = dict[str, Any]
+"""An Arrow-able row. `unit_kind` "tokens": token_id, char_start, char_end. "layer": keys, values (bytes of
+[heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k])."""
+
+
+def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:
+    """Rows of the key index: everything but the static set."""
+    start = min(build.sink_tokens, context_tokens)
+    return start, max(start, context_tokens - build.window_tokens)
+
+
+def unit_tensor(data: bytes, kv_dtype: str, heads: int, head_dim: int) -> Tensor:
+    """Bytes of a unit's keys or values as [heads, rows, head_dim]."""
+    flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, kv_dtype)) if data else torch.empty(0)
+    return flat.view(heads, -1, head_dim)
+
+
+def unit_array(data: bytes, dtype: type) -> np.ndarray:
+    """Bytes of a unit's other columns."""
+    return np.frombuffer(data, dtype=dtype)
+
+
+def read_geometry(text: str) -> Geometry:
+    """The geometry a unit carries as JSON."""
+    values = json.loads(text)
+    return Geometry(**{**values, "sliding_windows": tuple(values["sliding_windows"])})
