@@ -85,7 +85,7 @@ def connect(address: str | None = None) -> Cluster:
         try:
             with _silent_stderr():
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
-        except Exception as error:  # noqa: BLE001 - a node that does not start in time raises a bare Exception
+        except Exception as error:
             if address == "local":
                 fix = f"Ray could not start on this machine ({_first_line(error)}); free memory or CPUs, run again"
             else:
