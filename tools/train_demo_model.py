@@ -67,11 +67,6 @@ STAGES = (
         QuestionMix(question_share=0.3, fact_share=(0.08, 0.5), max_position=36864),
         step_tokens=4096, warmup_steps=20, decay_share=0.8, final_rate=0.03,
     ),
-    Stage(
-        "polish", (512, 1024, 1024, 2048, 2048, 4096), 140, 5e-4,
-        QuestionMix(question_share=0.4, fact_share=(0.08, 0.3), max_position=36864),
-        step_tokens=4096, warmup_steps=10, decay_share=0.9, final_rate=0.02,
-    ),
 )  # fmt: skip
 
 

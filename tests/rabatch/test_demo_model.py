@@ -111,8 +111,8 @@ def test_training_runs_every_stage_and_resumes_exactly(tmp_path, tools, capsys):
 def test_evaluation_counts_dense_and_static_answers(tools, capsys):
     from evaluate_demo_model import main
 
-    main(["--tokens", "1024", "--documents", "1", "--questions", "8", "--threads", "1"])
+    main(["--tokens", "1024", "--documents", "1", "--questions", "16", "--threads", "1"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]
-    assert [sum(counts) for counts in zip(*result["dense"].values(), strict=True)][1] == 8
-    assert sum(right for right, _ in result["dense"].values()) >= 6
+    assert [sum(counts) for counts in zip(*result["dense"].values(), strict=True)][1] == 16
+    assert sum(right for right, _ in result["dense"].values()) >= 13
     assert sum(right for right, _ in result["static"].values()) == 0
