@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_demo(parser: argparse.ArgumentParser) -> None:
+def _add_corpus_size(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("--documents", 8, "documents"),
         ("--tokens", 8192, "tokens of each, at least"),
@@ -74,6 +74,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         ("--seed", 0, "same seed, same corpus"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    _add_corpus_size(parser)
     parser.add_argument("--keep", metavar="DIR", help="keep corpus, store and answers here; default: removed again")
     cli_arguments.add_common(parser)
 
@@ -81,13 +85,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="DIR", help="where to write: a path or fsspec URL (corpus)")
     parser.add_argument("--out", metavar="DIR", help="the same as an option")
-    for name, default, text in (
-        ("--documents", 8, "documents"),
-        ("--tokens", 8192, "tokens of each, at least"),
-        ("--questions", 8, "questions about each"),
-        ("--seed", 0, "same seed, same corpus"),
-    ):
-        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
+    _add_corpus_size(parser)
     parser.add_argument(
         "--kinds", metavar="A,B", help="kinds of facts asked for (single,many_keys,several_values,two_hop)"
     )
