@@ -62,6 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = add(name, run, text, "--store index")
         cli_arguments.add_store(command)
+        if name == "verify":
+            command.add_argument(
+                "--remove-damaged", action="store_true", help="withdraw damaged indexes, so that build makes them anew"
+            )
         cli_arguments.add_common(command)
     return parser
 
@@ -200,7 +204,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     from rabatch.storage.verify import verify
 
     store = IndexStore(arguments.store, storage_options=arguments.storage_options)
-    documents = indexes = 0
     with tqdm(desc="verify", unit="B", unit_scale=True, file=sys.stderr) as bar:
         problems = verify(
             store,
@@ -208,6 +211,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             check_graph=lambda neighbors, entries: len(unreachable(neighbors, entries)),
         )
         checked_bytes = int(bar.n)
+    withdrawn = sorted({p.manifest_path for p in problems if p.damaged}) if arguments.remove_damaged else []
+    for path in withdrawn:
+        store.withdraw(path)
     ids = [manifest.document_id for manifest in store.manifests(on_error=lambda path, error: None)]
     documents, indexes = len(set(ids)), len(ids)
     found = [
@@ -216,10 +222,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     ]
     if arguments.json:
         counts = {"documents": documents, "indexes": indexes, "bytes": checked_bytes}
-        print_json({"store": arguments.store, **counts, "problems": found})
+        print_json({"store": arguments.store, **counts, "problems": found, "withdrawn": withdrawn})
     else:
         lines = [f"wrong: {p['document_id']!r} {p['part'] or p['manifest']}: {p['reason']}" for p in found]
         more = [f"wrong: {len(lines) - _PROBLEMS_SHOWN} more"] if len(lines) > _PROBLEMS_SHOWN else []
+        if withdrawn:
+            more.append(f"withdrew {len(withdrawn)} indexes; run build again to make them anew")
+        elif problems:
+            more.append("--remove-damaged withdraws these indexes, so that build makes them anew")
         counts_line = f"{indexes} indexes of {documents} documents, {checked_bytes:,} bytes read: "
         write_out(
             "\n".join([*lines[:_PROBLEMS_SHOWN], *more, counts_line + (f"{len(found)} problems" if found else "ok")])

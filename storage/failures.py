@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 from rabatch.errors import StoreError
 
+REBUILD = "withdraw it with `rabatch verify --remove-damaged`, then build again"
+"""What mends an index whose stored bytes are wrong: while it is committed, a build skips its document."""
+
 _TRANSIENT_CODES = {
     *("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "ServiceUnavailable", "InternalError"),
     *("ConditionalRequestConflict", "OperationAborted", "409", "429", "500", "502", "503", "504"),

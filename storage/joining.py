@@ -7,6 +7,7 @@ import torch
 
 from rabatch.errors import IntegrityError
 from rabatch.storage.blocks import LayerBlock
+from rabatch.storage.failures import REBUILD
 from rabatch.storage.manifest import Manifest, Part
 
 
@@ -15,7 +16,7 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
 
     def rule(holds: bool, where: str, value: object, wanted: object) -> None:
         if not holds:
-            raise IntegrityError(f"{part.path}: {where}", value, f"must be {wanted}; build the document again")
+            raise IntegrityError(f"{part.path}: {where}", value, f"must be {wanted}; {REBUILD}")
 
     geometry = manifest.geometry
     rows = manifest.layer_rows(part.layer)

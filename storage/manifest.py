@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
+from rabatch.storage.failures import REBUILD
 from rabatch.storage.rules import FORMAT_VERSION, check_rules, check_types
 
 __all__ = [
@@ -144,9 +145,9 @@ class Manifest:
         try:
             values = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise IntegrityError(name, text[:40], f"is not JSON ({error}); build the document again") from error
+            raise IntegrityError(name, text[:40], f"is not JSON ({error}); {REBUILD}") from error
         if not isinstance(values, dict):
-            raise IntegrityError(name, values, "must be a JSON object; build the document again")
+            raise IntegrityError(name, values, f"must be a JSON object; {REBUILD}")
         version = values.get("format_version")
         if type(version) is int and version != FORMAT_VERSION:  # before the fields: another format has others
             fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rabatch.config import DTYPES
 from rabatch.errors import IntegrityError
+from rabatch.storage.failures import REBUILD
 
 if TYPE_CHECKING:
     from rabatch.storage.manifest import Geometry, Manifest, Part
@@ -43,7 +44,7 @@ _PART_TYPES: dict[str, type] = {
 
 
 def _refuse(name: str, where: str, value: object, fix: str) -> NoReturn:
-    raise IntegrityError(f"{name}: {where}", value, f"{fix}; the manifest is damaged, build the document again")
+    raise IntegrityError(f"{name}: {where}", value, f"{fix}; the manifest is damaged, {REBUILD}")
 
 
 def check_types(name: str, values: dict[str, Any]) -> None:

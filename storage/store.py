@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
-from rabatch.storage.failures import MissingFileError, is_transient, store_error
+from rabatch.storage.failures import REBUILD, MissingFileError, is_transient, store_error
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.joining import check_against, join
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
@@ -103,6 +103,19 @@ class IndexStore:
         if theirs is None:
             raise StoreError("manifest", manifest.path, "was deleted while it was being committed; build again")
         return theirs
+
+    def withdraw(self, path: str) -> None:
+        """Take a committed index back, so that a build can make it anew; its parts become garbage.
+
+        Args:
+            path: Of the manifest, as `Manifest.path` or `Problem.manifest_path` has it.
+
+        Raises:
+            StoreError: It is not the path of a manifest.
+        """
+        if not path.startswith("manifests/"):
+            raise StoreError("path", path, "is not a manifest; withdraw takes paths that begin with manifests/")
+        self.folder.delete(path)
 
     def manifests(self, *, on_error: Callable[[str, StoreError], None] | None = None) -> Iterator[Manifest]:
         """Every committed index, by path.
@@ -225,22 +238,22 @@ class IndexStore:
         try:
             data = self.folder.read(part.path)
         except MissingFileError as error:
-            raise IntegrityError(part.path, None, "is missing; build the document again") from error
+            raise IntegrityError(part.path, None, f"is missing; {REBUILD}") from error
         if len(data) != part.bytes:
-            raise IntegrityError(f"{part.path}: bytes", len(data), f"must be {part.bytes}; build the document again")
+            raise IntegrityError(f"{part.path}: bytes", len(data), f"must be {part.bytes}; {REBUILD}")
         if check and (digest := hashlib.sha256(data).hexdigest()) != part.sha256:
-            raise IntegrityError(f"{part.path}: sha256", digest, f"must be {part.sha256}; build the document again")
+            raise IntegrityError(f"{part.path}: sha256", digest, f"must be {part.sha256}; {REBUILD}")
         return data
 
     def _open(self, part: Part) -> Any:
         try:
             file = self.folder.open(part.path)
         except MissingFileError as error:
-            raise IntegrityError(part.path, None, "is missing; build the document again") from error
+            raise IntegrityError(part.path, None, f"is missing; {REBUILD}") from error
         size = file.seek(0, 2)
         file.seek(0)
         if size != part.bytes:
-            raise IntegrityError(f"{part.path}: bytes", size, f"must be {part.bytes}; build the document again")
+            raise IntegrityError(f"{part.path}: bytes", size, f"must be {part.bytes}; {REBUILD}")
         return file
 
     def _load(self, path: str) -> Manifest:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rabatch.errors import StoreError
+from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.blocks import LayerBlock
 from rabatch.storage.manifest import Manifest, Part
 from rabatch.storage.store import IndexStore
@@ -25,12 +25,14 @@ class Problem:
         document_id: Empty if the manifest itself cannot be read.
         part: Path of the part; empty if it is the manifest.
         reason: In one line.
+        damaged: Stored bytes are wrong. False: they could not be read, or are of another format.
     """
 
     document_id: str
     manifest_path: str
     part: str
     reason: str
+    damaged: bool
 
 
 def verify(
@@ -51,18 +53,18 @@ def verify(
     problems: list[Problem] = []
 
     def damaged(path: str, error: StoreError) -> None:
-        problems.append(Problem(document_id="", manifest_path=path, part="", reason=str(error)))
+        wrong = isinstance(error, IntegrityError)
+        problems.append(Problem(document_id="", manifest_path=path, part="", reason=str(error), damaged=wrong))
 
     for manifest in store.manifests(on_error=damaged):
         for part in manifest.parts:
+            wrong = True
             try:
                 reasons = _check_part(store, manifest, part, check_graph)
             except StoreError as error:
-                reasons = [str(error)]
-            problems += [
-                Problem(document_id=manifest.document_id, manifest_path=manifest.path, part=part.path, reason=reason)
-                for reason in reasons
-            ]
+                reasons, wrong = [str(error)], isinstance(error, IntegrityError)
+            where = {"document_id": manifest.document_id, "manifest_path": manifest.path, "part": part.path}
+            problems += [Problem(**where, reason=reason, damaged=wrong) for reason in reasons]
             if progress is not None:
                 progress(part.path, part.bytes)
     return problems

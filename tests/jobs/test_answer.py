@@ -117,9 +117,12 @@ def test_a_rerun_asks_only_what_is_not_answered(answered, demo_store):
     assert {part: part.read_bytes() for part in parts} == before
 
 
-def test_a_damaged_index_fails_its_questions_only(demo_store, tmp_path):
+def test_a_damaged_index_fails_its_questions_only_and_can_be_made_anew(demo_store, tmp_path, capsys):
     import shutil
 
+    from rabatch import cli
+    from rabatch.config import BuildConfig
+    from rabatch.jobs.build import build
     from rabatch.storage.store import IndexStore
 
     store = tmp_path / "index"
@@ -133,7 +136,16 @@ def test_a_damaged_index_fails_its_questions_only(demo_store, tmp_path):
     assert {(row["document_id"], row["status"]) for row in result.rows} == {
         ("doc-00000", "ok"), ("doc-00001", "failed"), ("doc-00002", "ok")
     }  # fmt: skip
-    assert "sha256" in next(row["reason"] for row in result.rows if row["status"] == "failed")
+    reasons = [row["reason"] for row in result.rows if row["status"] == "failed"]
+    assert all("sha256" in reason and "--remove-damaged" in reason for reason in reasons)
+    config = BuildConfig(**demo_store.static_set)
+    rebuilt = build(demo_store.documents, store=str(store), config=config, progress=False)
+    assert (rebuilt.built, rebuilt.skipped) == (0, 3)
+    assert cli.main(["verify", "--store", str(store), "--remove-damaged"]) == 1
+    rebuilt = build(demo_store.documents, store=str(store), config=config, progress=False)
+    assert (rebuilt.built, rebuilt.skipped) == (1, 2)
+    assert cli.main(["verify", "--store", str(store)]) == 0
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,21 @@ def test_verify_names_what_is_wrong(cli, demo_store, tmp_path):
     assert code == 1
     assert "sha256" in out
     assert part.name in out
-    sorted(store.glob("manifests/*/*.json"))[0].write_text("{")
+    assert "--remove-damaged" in out
+    manifests = sorted(store.glob("manifests/*/*.json"))
+    whole = next(path for path in manifests if part.parent.name not in path.read_text())
+    whole.write_text("{")
     code, out, _ = cli("verify", "--store", store, "--json")
     assert code == 1
-    assert len(json.loads(out)["problems"]) >= 1
+    assert len(json.loads(out)["problems"]) >= 2
+    assert json.loads(out)["withdrawn"] == []
     assert cli("inspect", "--store", store)[0] == 1
+    assert sorted(store.glob("manifests/*/*.json")) == manifests
+    code, out, _ = cli("verify", "--store", store, "--remove-damaged")
+    assert code == 1
+    assert "withdrew 2 indexes" in out
+    assert len(list(store.glob("manifests/*/*.json"))) == len(manifests) - 2
+    assert cli("verify", "--store", store)[0] == 0
 
 
 @pytest.mark.parametrize(

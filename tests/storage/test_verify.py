@@ -38,8 +38,8 @@ def test_every_problem_is_named(store: IndexStore) -> None:
         ("a", a.path, a.parts[3].path),
         ("", c.path, ""),
     }
-    assert {next(w for w in ("is missing; b", "sha256", "format_version") if w in p.reason) for p in problems} == {
-        "is missing; b",
+    assert {next(w for w in ("is missing", "sha256", "format_version") if w in p.reason) for p in problems} == {
+        "is missing",
         "sha256",
         "format_version",
     }
