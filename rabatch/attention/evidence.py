@@ -25,7 +25,6 @@ def spans(
     mass: np.ndarray,
     char_start: np.ndarray,
     char_end: np.ndarray,
-    text: str | None = None,
     *,
     most: int = 3,
 ) -> list[Span]:
@@ -34,7 +33,7 @@ def spans(
     Args:
         mass: float [n_tokens], attention summed over the heads and answering tokens.
         char_start, char_end: int [n_tokens]; equal for tokens outside the document (template text).
-        text: Unused tokens' text is not needed; given, spans are widened to the sentence around them.
+        most: At most so many spans.
 
     Returns:
         Spans with scores that sum to at most 1.
@@ -57,18 +56,8 @@ def spans(
         tokens = np.flatnonzero(inside[low:high]) + low
         score = float(left[tokens].sum())
         left[low:high] = 0.0
-        start, end = int(char_start[tokens].min()), int(char_end[tokens].max())
-        if text is not None:
-            start, end = _sentence(text, int(char_start[peak]) if inside[peak] else start, start, end)
-        found.append(Span(start=start, end=end, score=score))
+        found.append(Span(start=int(char_start[tokens].min()), end=int(char_end[tokens].max()), score=score))
     return _disjoint(found)
-
-
-def _sentence(text: str, peak: int, start: int, end: int) -> tuple[int, int]:
-    """The sentence that holds character `peak`, within [start, end) widened by nothing: never longer than it."""
-    before = max(text.rfind(mark, start, peak) for mark in (". ", "\n", "? ", "! "))
-    stops = [i for i in (text.find(mark, peak, end) for mark in (". ", "\n", "? ", "! ")) if i >= 0]
-    return (before + 1 if before >= 0 else start), (min(stops) + 1 if stops else end)
 
 
 def _disjoint(found: Sequence[Span]) -> list[Span]:
