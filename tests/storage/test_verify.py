@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from storage_samples import make_blocks, make_tokens, prepare
 
-from rabatch.errors import IntegrityError
+from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.store import IndexStore
 from rabatch.storage.verify import orphans, verify
 
@@ -38,8 +38,8 @@ def test_every_problem_is_named(store: IndexStore) -> None:
         ("a", a.path, a.parts[3].path),
         ("", c.path, ""),
     }
-    assert {next(w for w in ("is missing", "sha256", "format_version") if w in p.reason) for p in problems} == {
-        "is missing",
+    assert {next(w for w in ("is missing; w", "sha256", "format_version") if w in p.reason) for p in problems} == {
+        "is missing; w",
         "sha256",
         "format_version",
     }
@@ -92,3 +92,26 @@ def test_orphans_are_attempts_without_a_manifest(store: IndexStore) -> None:
     store.folder.write(won.path, b"{}")
     with pytest.raises(IntegrityError):  # its parts would look like garbage
         orphans(store)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(store: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken connection must not let `verify --remove-damaged` withdraw a sound index."""
+    manifest = store.commit(prepare(store, "a")[0])
+    read = store.folder.read
+
+    def failing(path: str) -> bytes:
+        if path == manifest.parts[1].path:
+            raise StoreError("store", path, "the connection broke")
+        return read(path)
+
+    monkeypatch.setattr(store.folder, "read", failing)
+    (problem,) = verify(store)
+    assert (problem.part, problem.damaged) == (manifest.parts[1].path, False)
+    monkeypatch.setattr(store.folder, "read", read)
+    store.folder.delete(manifest.parts[1].path)
+    (problem,) = verify(store)
+    assert problem.damaged
+    store.withdraw(problem.manifest_path)
+    assert list(store.manifests()) == []
+    with pytest.raises(StoreError, match="is not a manifest"):
+        store.withdraw(manifest.parts[0].path)
