@@ -1,0 +1,54 @@
+"""The whole way on object storage: corpus, index and answers on an S3 server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from rabatch.config import BuildConfig
+from rabatch.demo.corpus import write_corpus
+from rabatch.jobs.answer import answer
+from rabatch.jobs.build import build
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def options() -> Iterator[dict[str, Any]]:
+    """Options of fsspec for a server with the bucket `bucket`. They carry the credentials, so that actors have them."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    made = {
+        "endpoint_url": f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}",
+        "key": "key",
+        "secret": "secret",
+        "client_kwargs": {"region_name": "us-east-1"},
+    }
+    s3fs.S3FileSystem(**made).mkdir("bucket")
+    yield made
+    server.stop()
+
+
+def test_build_and_answer_on_s3(local_ray, tmp_path, options):
+    corpus = write_corpus(str(tmp_path), n_documents=2, tokens=1200, n_questions=4)
+    filesystem = s3fs.S3FileSystem(**options)
+    for name in ("documents", "questions"):
+        filesystem.put(corpus["paths"][name], f"bucket/corpus/{name}.jsonl")
+    shared = {"store": "s3://bucket/index", "storage_options": options, "progress": False}
+    config = BuildConfig(sink_tokens=16, window_tokens=128)
+    first = build("s3://bucket/corpus/documents.jsonl", config=config, **shared)
+    assert (first.built, first.failed) == (2, 0)
+    again = build("s3://bucket/corpus/documents.jsonl", config=config, **shared)
+    assert (again.built, again.skipped) == (0, 2)
+    answered = answer("s3://bucket/corpus/questions.jsonl", output="s3://bucket/answers", **shared)
+    assert (answered.answered, answered.failed) == (8, 0)
+    assert answered.exact_match is not None
+    assert answered.exact_match >= 0.75
+    filesystem.invalidate_cache()
+    there = {path.rsplit("/", 1)[-1] for path in filesystem.ls("bucket/answers")}
+    assert {"answers.parquet", "answers.jsonl"} <= there
