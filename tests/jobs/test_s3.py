@@ -27,7 +27,7 @@ def options() -> Iterator[dict[str, Any]]:
         "endpoint_url": f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}",
         "key": "key",
         "secret": "secret",
-        "client_kwargs": {"region_name": "us-east-1"},
+        "client_kwargs": {"region_name": "eu-west-1"},
     }
     s3fs.S3FileSystem(**made).mkdir("bucket")
     yield made
