@@ -15,7 +15,7 @@ from rabatch.jobs.catalog import failed_row
 from rabatch.jobs.cluster import limit_threads
 from rabatch.jobs.messages import fatal, one_row, reason
 from rabatch.jobs.output import parquet_bytes
-from rabatch.models import LoadedModel, load_model
+from rabatch.loading import LoadedModel, load_model
 from rabatch.records import ANSWERS
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest

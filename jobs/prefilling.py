@@ -15,7 +15,7 @@ from rabatch.errors import ModelError
 from rabatch.jobs.cluster import limit_threads
 from rabatch.jobs.messages import fatal, one_row, reason
 from rabatch.jobs.rows import content_sha256
-from rabatch.models import LoadedModel, load_model
+from rabatch.loading import LoadedModel, load_model
 from rabatch.prefill import prefill_units
 
 

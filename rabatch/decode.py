@@ -21,7 +21,7 @@ from rabatch.attention.evidence import spans
 from rabatch.attention.seam import attending
 from rabatch.config import GenerationSettings, Recipe
 from rabatch.errors import FingerprintError, QuestionError, RabatchError
-from rabatch.models import LoadedModel
+from rabatch.loading import LoadedModel
 from rabatch.selectors import open_index
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.parts import LayerBlock, TokensBlock

@@ -1,25 +1,19 @@
-"""Loading a Hugging Face model by hub name or path, and what rabatch needs to know of it."""
+"""What rabatch needs to know of a Hugging Face model before it is loaded: its files, config, tokenizer, limits."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer
 
-from rabatch.attention import seam
 from rabatch.config import ModelConfig
 from rabatch.errors import ModelError
-from rabatch.prompts import PromptTemplate
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,25 +24,6 @@ class ModelGeometry:
     n_kv_heads: int
     n_query_heads: int
     head_dim: int
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to run.
-
-    Attributes:
-        config: The settings, with device and dtype explicit.
-        identity: What the stored numbers depend on (see `rabatch.fingerprint.model_fields`).
-        max_context_tokens: The most tokens the model can attend.
-    """
-
-    config: ModelConfig
-    model: Any
-    tokenizer: Any
-    template: PromptTemplate
-    geometry: ModelGeometry
-    identity: dict[str, Any]
-    max_context_tokens: int
 
 
 def local_path(config: ModelConfig) -> Path:
@@ -98,7 +73,7 @@ def read_config(config: ModelConfig) -> Any:
         if "custom code" in str(error):
             fix = "runs code of its own; pass trust_remote_code=True (--trust-remote-code) if you trust it"
             raise ModelError("model", config.name, fix) from error
-        raise ModelError("model", config.name, f"its config.json cannot be used ({_first_line(error)})") from error
+        raise ModelError("model", config.name, f"its config.json cannot be used ({first_line(error)})") from error
     text = loaded.get_text_config()
     if getattr(loaded, "is_encoder_decoder", False):
         raise ModelError("model", config.name, "is an encoder-decoder; rabatch runs decoder-only models")
@@ -151,46 +126,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(local_path(config), trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError("model", config.name, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise ModelError("model", config.name, f"its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError("model", config.name, "its tokenizer gives no character offsets; convert it to tokenizer.json")
     return tokenizer
-
-
-def load_model(config: ModelConfig) -> LoadedModel:
-    """Loads model and tokenizer onto `config.device`; once per actor.
-
-    Raises:
-        ModelError: The model cannot be loaded, needs remote code, or is of an unsupported architecture.
-    """
-    from rabatch.fingerprint import model_fields
-
-    config = resolve(config, has_cuda=torch.cuda.is_available())
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise ModelError("device", config.device, "this machine has no CUDA device; use device='cpu'")
-    text_config = read_config(config)
-    tokenizer = load_tokenizer(config)
-    transformers_logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            local_path(config),
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=seam.NAME,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise ModelError("model", config.name, f"cannot be loaded ({_first_line(error)})") from error
-    model = model.to(config.device).eval().requires_grad_(False)
-    _log.info("loaded %s on %s in %s", config.name, config.device, config.dtype)
-    return LoadedModel(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        template=PromptTemplate.of(tokenizer, config.context_template),
-        geometry=geometry_of(text_config),
-        identity=model_fields(config),
-        max_context_tokens=max_context_tokens(text_config),
-    )
 
 
 def _ropes(text_config: Any) -> list[dict[str, Any]]:
@@ -199,5 +138,6 @@ def _ropes(text_config: Any) -> list[dict[str, Any]]:
     return [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to be quoted in ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

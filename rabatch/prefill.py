@@ -16,7 +16,7 @@ from rabatch.attention.seam import attending
 from rabatch.config import BuildConfig
 from rabatch.errors import DocumentError, ModelError
 from rabatch.fingerprint import stored_dtype
-from rabatch.models import LoadedModel
+from rabatch.loading import LoadedModel
 from rabatch.prompts import EncodedContext
 from rabatch.storage.manifest import Geometry
 from rabatch.units import Unit, index_range

@@ -15,7 +15,7 @@ from rabatch.config import BuildConfig, Recipe
 from rabatch.decode import OpenContext
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import content_digest, make_manifest, store_unit
-from rabatch.models import LoadedModel
+from rabatch.loading import LoadedModel
 from rabatch.prefill import prefill_units
 from rabatch.storage.manifest import Manifest, fingerprint_of
 from rabatch.storage.store import IndexStore

@@ -15,7 +15,7 @@ from rabatch.decode import OpenContext, answer_batch, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import FingerprintError, IntegrityError
 from rabatch.evaluation.scoring import exact_match
-from rabatch.models import LoadedModel, load_model
+from rabatch.loading import LoadedModel, load_model
 from rabatch.records import ANSWERS
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore

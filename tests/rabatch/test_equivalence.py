@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import OpenContext, answer_batch, open_context
 from rabatch.demo.corpus import generate_document
-from rabatch.models import LoadedModel, load_model
+from rabatch.loading import LoadedModel, load_model
 from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import ARCHITECTURES, SLIDING, SLIDING_LAYERS, save_tiny_model
 

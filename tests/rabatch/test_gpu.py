@@ -10,7 +10,7 @@ import torch
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import answer_batch, open_context
 from rabatch.demo.corpus import generate_document
-from rabatch.models import load_model
+from rabatch.loading import load_model
 from tests.rabatch.engine import new_store, store_document, tail_logits
 
 pytestmark = pytest.mark.gpu

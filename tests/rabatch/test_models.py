@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from rabatch.config import BuildConfig, GraphConfig, ModelConfig
 from rabatch.errors import ConfigError, DocumentError, ModelError, QuestionError
 from rabatch.fingerprint import index_fields
-from rabatch.models import load_model, load_tokenizer, local_path, max_context_tokens, read_config, resolve
+from rabatch.loading import load_model
+from rabatch.models import load_tokenizer, local_path, max_context_tokens, read_config, resolve
 from rabatch.prompts import PromptTemplate
 from rabatch.storage.manifest import fingerprint_of
 from tests.rabatch.models import save_tiny_model

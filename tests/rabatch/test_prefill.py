@@ -18,7 +18,7 @@ from rabatch.demo.corpus import generate_document
 from rabatch.errors import DocumentError
 from rabatch.index.graph import unreachable
 from rabatch.indexing import layer_block
-from rabatch.models import LoadedModel, load_model
+from rabatch.loading import LoadedModel, load_model
 from rabatch.prefill import prefill_units, run
 from rabatch.storage.verify import verify
 from rabatch.units import index_range, unit_array, unit_tensor
