@@ -22,11 +22,12 @@ import numpy as np
 from rabatch.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`numba.njit` with fastmath, no GIL, and the disk cache where any folder for it is writable."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": FAST}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # "cannot cache function ...: no locator available"

@@ -1,248 +1,267 @@
-"""Building the attention-aware graph of one (layer, KV head): RoarGraph's projection, repaired, plus key links.
-
-What differs from RoarGraph (VLDB 2024) as its code has it, and why:
-- queries that share a nearest key add to its links; there the last one overwrites the others, and in attention
-  many queries share one top key;
-- pruned links are filled up to the budget by co-occurrence: strict pruning leaves 2-5 links and poor recall;
-- nearest keys are linked too, so that keys no sampled query wanted are found;
-- every key is linked to the keys before and after it, so every key can be reached, by construction.
-"""
+"""The attention-aware graph as a key index: build, search, insert, save."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rabatch.config import GraphConfig
-from rabatch.errors import ConfigError
-from rabatch.index.compiled import compiled, read_only, run_ranges
-from rabatch.index.nearest import nearest_keys
+from rabatch.errors import ConfigError, IntegrityError
+from rabatch.index.alignment import align
+from rabatch.index.arrow import from_table, to_table
+from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, check_samples
+from rabatch.index.codes import Dtype, KeyCodes, encode
+from rabatch.index.compiled import read_only, run_ranges
+from rabatch.index.flat import FlatIndex
+from rabatch.index.insertion import Growing
+from rabatch.index.links import Graph, build_graph
+from rabatch.index.rerank import rerank
+from rabatch.index.search import search_graph
 
-_MAX_CANDIDATES = 96  # per key, before pruning: a key that most queries want co-occurs with thousands
-_RANK_BITS = 8
-_MAX_COVER_QUERIES = 16384
-
-
-@dataclass(frozen=True)
-class Graph:
-    """Links and entry points of one key index.
-
-    Args:
-        neighbors: [n_keys, degree], int32, no key twice and never itself; -1 past the last link.
-        entries: [<= entry_points], int32, where searches start.
-    """
-
-    neighbors: NDArray[np.int32]
-    entries: NDArray[np.int32]
+_FLOOR = 64  # candidates followed at least when `beta` ends a search
 
 
-def build_graph(
-    keys: NDArray[np.float32],
-    query_topk: NDArray[np.int32],
-    *,
-    config: GraphConfig,
-    seed: int = 0,
-    threads: int = 1,
-) -> Graph:
-    """Build the graph of one KV head from its keys and the top-k lists of sampled queries of its whole query group.
-
-    The same arguments give the same graph, whatever the number of threads.
+class GraphIndex:
+    """The key graphs of one layer.
 
     Args:
-        keys: [n_keys, head_dim], float32.
-        query_topk: [n_queries, list_length], int32, ids of a query's highest-scoring keys, best first, padded with -1.
-        config: Degree, share of key neighbours, entry points.
-        seed: Of the clustering behind the nearest keys of large indexes.
-        threads: Threads to use.
-
-    Raises:
-        ConfigError: Arrays of the wrong shape or dtype, or ids out of range.
+        keys: What searches score. int8 is the fastest and smallest; a result's scores are then those of the codes.
+        neighbors: [n_kv_heads, n_keys, degree], int32; -1 is no link.
+        entries: [n_kv_heads, n_entries], int32; -1 is no entry.
+        search_list: Default of `effort`: candidates kept during a search; higher finds more and costs more. 0: 2 x k.
+        exact: The keys whose scores count, where `keys` are int8: the candidates of a search are scored again.
+        samples: One per KV head, the sampled queries with their lists: what `insert` goes by. Empty: no insertion.
+        threads: Threads of one search.
     """
-    if keys.ndim != 2 or keys.dtype != np.float32:
-        raise ConfigError("keys", (keys.shape, str(keys.dtype)), "must be float32 [n_keys, head_dim]")
-    if query_topk.ndim != 2 or query_topk.dtype != np.int32:
-        raise ConfigError("query_topk", (query_topk.shape, str(query_topk.dtype)), "must be int32 [n_queries, k]")
-    n_keys = len(keys)
-    if query_topk.size and not -1 <= int(query_topk.min()) <= int(query_topk.max()) < n_keys:
-        raise ConfigError("query_topk", (int(query_topk.min()), int(query_topk.max())), f"ids: -1 .. {n_keys - 1}")
-    if n_keys < 2:
-        return Graph(np.full((n_keys, config.degree), -1, np.int32), np.arange(n_keys, dtype=np.int32))
-    centered = keys - keys.mean(axis=0)  # changes no order of scores, makes inner products between keys meaningful
-    offsets, candidates = _co_occurrence(query_topk, n_keys)
-    nearest = nearest_keys(centered, k=config.key_neighbors, seed=seed, threads=threads)
-    neighbors = np.full((n_keys, config.degree), -1, np.int32)
-    counts = np.zeros(n_keys, np.int32)
-    inputs = [read_only(a) for a in (centered, offsets, candidates, nearest)]
 
-    def link(start: int, stop: int) -> None:
-        _link_range(*inputs, config.degree - 2 - config.key_neighbors, start, stop, neighbors, counts)
+    kind = "graph"
 
-    run_ranges(link, n_keys, threads=threads)
-    _add_reverse(neighbors, counts)
-    return Graph(neighbors, _entries(centered, query_topk, config.entry_points))
+    def __init__(
+        self,
+        keys: KeyCodes,
+        neighbors: NDArray[np.int32],
+        entries: NDArray[np.int32],
+        *,
+        search_list: int = 0,
+        exact: KeyCodes | None = None,
+        samples: Sequence[QuerySample] = (),
+        threads: int = 1,
+    ) -> None:
+        n_heads, n_keys, _ = keys.shape
+        if neighbors.ndim != 3 or neighbors.shape[:2] != (n_heads, n_keys) or neighbors.dtype != np.int32:
+            raise ConfigError("neighbors", (neighbors.shape, str(neighbors.dtype)), "must be int32, one row per key")
+        if entries.ndim != 2 or len(entries) != n_heads or entries.dtype != np.int32:
+            raise ConfigError("entries", (entries.shape, str(entries.dtype)), "must be int32 [n_kv_heads, n_entries]")
+        for name, links in (("neighbors", neighbors), ("entries", entries)):
+            if links.size and not -1 <= int(links.min()) <= int(links.max()) < n_keys:
+                raise ConfigError(name, (int(links.min()), int(links.max())), f"ids: -1 .. {n_keys - 1}")
+        if exact is not None and exact.shape != keys.shape:
+            raise ConfigError("exact", exact.shape, f"must be of the same keys: {keys.shape}")
+        if search_list < 0:
+            raise ConfigError("search_list", search_list, "must be >= 0")
+        self.keys, self.exact = keys, exact
+        self.neighbors, self.entries = read_only(neighbors), read_only(entries)
+        self.threads = threads
+        self._search_list = search_list
+        if samples:
+            check_samples(samples, n_heads, n_keys, keys.shape[2])
+        self._samples = tuple(samples)
+        self._growing: list[Growing] = []
+        self._flat: FlatIndex | None = None  # made when a search first has the full budget
+
+    @property
+    def n_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def n_keys(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def bytes_per_key(self) -> float:
+        extra = 0.0 if self.exact is None else self.exact.bytes_per_key
+        return self.keys.bytes_per_key + extra + self.neighbors.shape[2] * self.neighbors.itemsize
+
+    @classmethod
+    def build(
+        cls,
+        keys: NDArray[np.float32],
+        samples: Sequence[QuerySample],
+        *,
+        seed: int = 0,
+        threads: int = 1,
+        config: GraphConfig | None = None,
+        dtype: Dtype = "float32",
+        exact: Dtype | None = None,
+        insertable: int = 2048,
+        **options: Any,
+    ) -> Self:
+        """See `KeyIndex.build`.
+
+        Args:
+            config: Of the graphs.
+            dtype: What searches score.
+            exact: What candidates are scored by again, if `dtype` is int8; None: nothing.
+            insertable: Sampled queries kept per KV head for `insert`; 0: the index is never inserted into.
+            options: Of the constructor.
+        """
+        check_keys(keys)
+        check_samples(samples, *keys.shape)
+        graphs = build_layer(keys, samples, config=config or GraphConfig(), seed=seed, threads=threads)
+        width = max((len(graph.entries) for graph in graphs), default=0)
+        neighbors = np.stack([graph.neighbors for graph in graphs])
+        entries = np.stack([_padded(graph.entries, width) for graph in graphs])
+        kept = [thinned(sample, insertable) for sample in samples] if insertable else []
+        known = all(sample.queries is not None for sample in kept)
+        codes = encode(keys, dtype)
+        again = None if exact is None else encode(keys, exact)
+        return cls(codes, neighbors, entries, exact=again, samples=kept if known else (), threads=threads, **options)
+
+    def search(
+        self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
+    ) -> SearchResult:
+        """See `KeyIndex.search`. `effort` is the number of candidates kept; with `beta`, that are followed at least."""
+        check_queries(queries, self.n_heads, self.keys.shape[2], k=k)
+        if effort == 0:
+            effort = self._search_list or (2 * k if beta is None else _FLOOR)
+        if max(effort, k if beta is None else 0) >= self.n_keys:
+            # Every key is scored either way, and a matrix product does it sooner.
+            self._flat = self._flat or FlatIndex((self.exact or self.keys).decode())
+            return self._flat.search(queries, k=k, beta=beta)
+        found = search_graph(
+            self.keys,
+            self.neighbors,
+            self.entries,
+            queries,
+            k=k if self.exact is None else max(k, effort),
+            search_list=effort,
+            beta=beta,
+            threads=self.threads,
+        )
+        if self.exact is not None:
+            found = rerank(found, self.exact, queries, k=k, threads=self.threads)
+        return apply_beta(found, beta)
+
+    def select(self, heads: list[int]) -> Self:
+        """The index of some of its KV heads; what was inserted comes along, what insertion needs as it was built."""
+        return type(self)(
+            self.keys.select(heads),
+            self.neighbors[heads],
+            self.entries[heads],
+            search_list=self._search_list,
+            exact=None if self.exact is None else self.exact.select(heads),
+            samples=[self._samples[head] for head in heads] if self._samples else (),
+            threads=self.threads,
+        )
+
+    def insert(self, keys: NDArray[np.float32]) -> None:
+        """See `KeyIndex.insert`. A call copies the index once: insert in batches of some dozens of keys.
+
+        Raises:
+            ConfigError: The index was built without query vectors.
+        """
+        check_keys(keys, n_heads=self.n_heads, head_dim=self.keys.shape[2])
+        if not self._samples:
+            raise ConfigError("samples", None, "an index grows by its sampled queries; build it with query vectors")
+        if not self._growing:
+            vectors = (self.exact or self.keys).decode()
+            self._growing = [Growing(sample, vectors[head]) for head, sample in enumerate(self._samples)]
+        first, n_new = self.n_keys, keys.shape[1]
+        room = np.full((self.n_heads, n_new, self.neighbors.shape[2]), -1, np.int32)
+        neighbors = np.concatenate([self.neighbors, room], axis=1)
+
+        def grow(start: int, stop: int) -> None:
+            for head in range(start, stop):
+                self._growing[head].insert(keys[head], neighbors[head])
+
+        run_ranges(grow, self.n_heads, threads=self.threads)
+        if first == 0 and n_new:
+            self.entries = read_only(np.zeros((self.n_heads, 1), np.int32))
+        self.keys = self.keys.append(keys)
+        self.exact = None if self.exact is None else self.exact.append(keys)
+        self.neighbors, self._flat = read_only(neighbors), None
+
+    def to_arrow(self) -> pa.Table:
+        """The links as a column; entry points, and the scale of int8, beside them."""
+        columns = {"neighbors": np.asarray(self.neighbors)}
+        arrays = {"entries": np.asarray(self.entries)}
+        if self.keys.dtype == "int8":
+            assert self.keys.scale is not None
+            assert self.keys.center is not None
+            columns["code"] = self.keys.codes
+            arrays |= {"scale": self.keys.scale, "center": self.keys.center}
+        for head, sample in enumerate(self._samples):
+            arrays |= {f"queries.{head}": np.asarray(sample.queries), f"topk.{head}": sample.topk}
+        settings = {
+            "kind": self.kind,
+            "n_heads": self.n_heads,
+            "n_keys": self.n_keys,
+            "dtype": self.keys.dtype,
+            "exact": None if self.exact is None else self.exact.dtype,
+            "search_list": self._search_list,
+        }
+        return to_table(settings, columns, arrays)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
+        """See `KeyIndex.from_arrow`."""
+        settings, columns, arrays = from_table(table, cls.kind)
+        try:
+            if settings["dtype"] == "int8":
+                codes = KeyCodes("int8", columns["code"], arrays["scale"], arrays["center"])
+            else:
+                codes = encode(keys, settings["dtype"])
+            exact = None if settings["exact"] is None else encode(keys, settings["exact"])
+            return cls(
+                codes,
+                columns["neighbors"],
+                arrays["entries"],
+                search_list=settings["search_list"],
+                exact=exact,
+                samples=[
+                    QuerySample(arrays[f"topk.{head}"], arrays[f"queries.{head}"])
+                    for head in range(settings["n_heads"] if "topk.0" in arrays else 0)
+                ],
+                threads=threads,
+            )
+        except KeyError as error:
+            raise IntegrityError("index table", str(error), "is missing; build the index again") from error
 
 
-def _co_occurrence(query_topk: NDArray[np.int32], n_keys: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Link candidates of every key, in CSR form, best first: keys that stand in the same lists.
-
-    A list gives the pairs (its best key, another) and (a key, the next in rank), both ways. Pairs of more lists come
-    first, then those that stand closer to the top.
-    """
-    pivots = np.broadcast_to(query_topk[:, :1], query_topk[:, 1:].shape)
-    ranks = np.broadcast_to(np.arange(1, query_topk.shape[1], dtype=np.int64), pivots.shape)
-    left = np.concatenate([pivots.ravel(), query_topk[:, 1:-1].ravel()]).astype(np.int64)
-    right = np.concatenate([query_topk[:, 1:].ravel(), query_topk[:, 2:].ravel()]).astype(np.int64)
-    rank = np.minimum(np.concatenate([ranks.ravel(), ranks[:, 1:].ravel()]), (1 << _RANK_BITS) - 1)
-    valid = (left >= 0) & (right >= 0) & (left != right)
-    left, right, rank = left[valid], right[valid], rank[valid]
-    packed = np.concatenate([left * n_keys + right, right * n_keys + left]) << _RANK_BITS
-    packed |= np.concatenate([rank, rank])
-    packed.sort()
-    pairs = packed >> _RANK_BITS
-    first = np.flatnonzero(np.diff(pairs, prepend=-1))
-    lists = np.diff(first, append=len(pairs))
-    source, target = np.divmod(pairs[first], n_keys)
-    best_rank = packed[first] & ((1 << _RANK_BITS) - 1)
-    order = np.lexsort((best_rank, -lists, source))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=n_keys))])
-    return offsets.astype(np.int64), target[order].astype(np.int32)
-
-
-@compiled
-def _link_range(  # type: ignore[no-untyped-def]
-    keys, offsets, candidates, nearest, projected_budget, start, stop, neighbors, counts
-):
-    """Links of keys `start` to `stop`: the chain, projected links (pruned, then filled), nearest keys."""
-    n_keys, dim = keys.shape
-    degree = neighbors.shape[1]
-    state = np.zeros(_MAX_CANDIDATES, np.int8)  # 1: linked
-    for key in range(start, stop):
-        n = 0
-        if key > 0:
-            neighbors[key, n] = key - 1
-            n += 1
-        if key + 1 < n_keys:
-            neighbors[key, n] = key + 1
-            n += 1
-        chain = n
-        first = offsets[key]
-        n_candidates = min(offsets[key + 1] - first, _MAX_CANDIDATES)
-        budget = min(chain + projected_budget, degree)
-        for c in range(n_candidates):
-            state[c] = 0
-        for c in range(n_candidates):
-            if n == budget:
-                break
-            candidate = candidates[first + c]
-            kept = True
-            for j in range(chain):
-                if neighbors[key, j] == candidate:
-                    kept = False
-                    state[c] = 1
-            if not kept:
-                continue
-            to_key = np.float32(0.0)
-            for t in range(dim):
-                to_key += keys[candidate, t] * keys[key, t]
-            for j in range(chain, n):
-                to_link = np.float32(0.0)
-                for t in range(dim):
-                    to_link += keys[candidate, t] * keys[neighbors[key, j], t]
-                if to_link > to_key:
-                    kept = False
-                    break
-            if kept:
-                neighbors[key, n] = candidate
-                state[c] = 1
-                n += 1
-        for c in range(n_candidates):
-            if n == budget:
-                break
-            if state[c] == 0:
-                neighbors[key, n] = candidates[first + c]
-                state[c] = 1
-                n += 1
-        for c in range(nearest.shape[1]):
-            n = _append(neighbors, key, n, nearest[key, c])
-        counts[key] = n
-
-
-@compiled
-def _append(neighbors, key, n, link):  # type: ignore[no-untyped-def]
-    if n == neighbors.shape[1]:
-        return n
-    for j in range(n):
-        if neighbors[key, j] == link:
-            return n
-    neighbors[key, n] = link
-    return n + 1
-
-
-@compiled
-def _add_reverse(neighbors, counts):  # type: ignore[no-untyped-def]
-    """Link back where there is room, links of the first columns (chain, projected) first; in order of keys."""
-    forward = counts.copy()
-    for column in range(neighbors.shape[1]):
-        for key in range(neighbors.shape[0]):
-            if column < forward[key]:
-                target = neighbors[key, column]
-                counts[target] = _append(neighbors, target, counts[target], key)
-
-
-def _entries(centered: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int) -> NDArray[np.int32]:
-    """Keys that together stand in as many lists as possible (greedy cover); without lists the key nearest the mean.
-
-    Pivots are the candidates. Once every list is covered, the most frequent pivots that are left follow.
-    """
-    lists = query_topk[:: max(len(query_topk) // _MAX_COVER_QUERIES, 1)] if query_topk.size else query_topk[:0]
-    lists = lists[lists[:, 0] >= 0] if lists.size else lists
-    if not lists.size:
-        return np.array([np.einsum("nd,nd->n", centered, centered).argmin()], np.int32)
-    frequency = np.bincount(lists[:, 0], minlength=len(centered))
-    entries: list[int] = []
-    open_lists = lists
-    while len(entries) < entry_points:
-        gain = np.bincount(open_lists[open_lists >= 0], minlength=len(centered)) * (frequency > 0)
-        gain[entries] = 0
-        best = int(gain.argmax())
-        if gain[best] == 0:
-            break
-        entries.append(best)
-        open_lists = open_lists[~(open_lists == best).any(axis=1)]
-    rest = frequency.copy()
-    rest[entries] = 0
-    more = np.argsort(-rest, kind="stable")[: entry_points - len(entries)]
-    return np.array([*entries, *more[rest[more] > 0]], np.int32)
-
-
-def unreachable(neighbors: NDArray[np.int32], entries: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Ids that no walk from an entry reaches; empty for every graph `build_graph` makes.
+def build_layer(
+    keys: NDArray[np.float32], samples: Sequence[QuerySample], *, config: GraphConfig, seed: int = 0, threads: int = 1
+) -> list[Graph]:
+    """One graph per KV head, in aligned coordinates; heads share the threads.
 
     Args:
-        neighbors: [n_keys, degree], int32; -1 is no link.
-        entries: [n_entries], int32; -1 is no entry.
+        keys: [n_kv_heads, n_keys, head_dim], float32.
+        samples: One per KV head; without query vectors the coordinates are only centred.
     """
-    seen = np.zeros(len(neighbors), np.bool_)
-    _mark_reachable(read_only(neighbors), read_only(entries), seen)
-    return np.flatnonzero(~seen).astype(np.int32)
+    graphs: list[Graph | None] = [None] * len(keys)
+    across = threads if len(keys) >= threads else 1
+
+    def build(start: int, stop: int) -> None:
+        for head in range(start, stop):
+            aligned = align(keys[head], samples[head].queries).keys(keys[head])
+            graphs[head] = build_graph(aligned, samples[head].topk, config=config, seed=seed, threads=threads // across)
+
+    run_ranges(build, len(keys), threads=across)
+    return [graph for graph in graphs if graph is not None]
 
 
-@compiled
-def _mark_reachable(neighbors, entries, seen):  # type: ignore[no-untyped-def]
-    queue = np.empty(len(seen), np.int32)
-    filled = 0
-    for entry in entries:
-        if entry >= 0 and not seen[entry]:
-            seen[entry] = True
-            queue[filled] = entry
-            filled += 1
-    done = 0
-    while done < filled:
-        for link in neighbors[queue[done]]:
-            if link >= 0 and not seen[link]:
-                seen[link] = True
-                queue[filled] = link
-                filled += 1
-        done += 1
+def thinned(sample: QuerySample, n: int) -> QuerySample:
+    """At most `n` of the queries whose vectors are known, evenly spaced, with their lists."""
+    if sample.queries is None:
+        return sample
+    rows = np.unique(np.linspace(0, len(sample.queries) - 1, min(n, len(sample.queries))).astype(int))
+    return QuerySample(np.ascontiguousarray(sample.topk[rows]), np.ascontiguousarray(sample.queries[rows]))
+
+
+def _padded(entries: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    padded = np.full(width, -1, np.int32)
+    padded[: len(entries)] = entries
+    return padded

@@ -199,7 +199,7 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
 def _verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from rabatch.index.graph import unreachable
+    from rabatch.index.links import unreachable
     from rabatch.storage.store import IndexStore
     from rabatch.storage.verify import verify
 

@@ -47,6 +47,10 @@ class ModelError(RabatchError):
     """A model cannot be loaded, or its architecture is not supported."""
 
 
+class KeysError(RabatchError):
+    """Keys, queries or their top-k lists cannot be indexed; the field names the KV head."""
+
+
 class StoreError(RabatchError):
     """The store cannot be read or written."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rabatch.config import BuildConfig
-from rabatch.index.graph import build_graph
+from rabatch.index.links import build_graph
 from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore

@@ -12,7 +12,7 @@ from torch import Tensor
 from rabatch.attention.merge import Partial, dense_partial, gathered_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
 from rabatch.config import Recipe
-from rabatch.index.base import LayerIndex
+from rabatch.index.base import KeyIndex
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ContextLayer:
     first_position: int
     index_start: int
     index_stop: int
-    index: LayerIndex | None
+    index: KeyIndex | None
 
     @property
     def static_rows(self) -> Tensor:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rabatch.errors import ConfigError
+from rabatch.errors import KeysError
 from rabatch.index import flat
-from rabatch.index.flat import FlatLayerIndex
+from rabatch.index.flat import FlatIndex
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_exact(monkeypatch, n_kv, n_keys, n_queries, k, block_scores):
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((n_kv, n_keys, 8), np.float32)
     queries = rng.standard_normal((n_kv, n_queries, 8), np.float32)
-    result = FlatLayerIndex(keys).search(queries, k=k)
+    result = FlatIndex(keys).search(queries, k=k)
     expected = -np.sort(-(queries @ keys.transpose(0, 2, 1)), axis=-1)[..., :k]
     found = min(k, n_keys)
     np.testing.assert_allclose(result.scores[..., :found], expected, rtol=1e-5, atol=1e-5)
@@ -44,10 +44,10 @@ def test_takes_read_only_keys():
     keys.flags.writeable = False
     queries = np.ones((1, 1, 2), np.float32)
     queries.flags.writeable = False
-    assert FlatLayerIndex(keys).search(queries, k=4).scores.tolist() == [[[2.0] * 4]]
-    assert isinstance(FlatLayerIndex(keys)._keys, torch.Tensor)
+    assert FlatIndex(keys).search(queries, k=4).scores.tolist() == [[[2.0] * 4]]
+    assert isinstance(FlatIndex(keys)._keys, torch.Tensor)
 
 
 def test_wrong_dtype():
-    with pytest.raises(ConfigError, match="keys"):
-        FlatLayerIndex(np.ones((1, 4, 2)))
+    with pytest.raises(KeysError, match="keys"):
+        FlatIndex(np.ones((1, 4, 2)))

@@ -1,139 +1,160 @@
-"""Building: what holds for every graph, whatever the keys and lists."""
+"""The graph index: what it refuses, its corner cases, and held-out queries that find their keys."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from index_samples import recall, samples_of, stressed_layer, top_lists
 
 from rabatch.config import GraphConfig
-from rabatch.errors import ConfigError
-from rabatch.index import nearest
-from rabatch.index.graph import build_graph, unreachable
-from rabatch.index.nearest import nearest_keys
-from rabatch.index.stress import stressed_vectors
+from rabatch.errors import ConfigError, IntegrityError, KeysError
+from rabatch.index.base import QuerySample
+from rabatch.index.codes import encode
+from rabatch.index.graph import GraphIndex, build_layer, thinned
 
-SMALL = GraphConfig(degree=6, key_neighbors=2, entry_points=3)
+CONFIG = GraphConfig(degree=8, key_neighbors=3, entry_points=4)
 
 
-def random_case(n_keys, n_queries, length, dim=8, seed=0):
-    """Keys, and the true top lists of random queries, padded when there are few keys."""
+def random_layer(n_keys=300, n_queries=7, n_heads=2, dim=6, seed=0):
     rng = np.random.default_rng(seed)
-    keys = rng.standard_normal((n_keys, dim)).astype(np.float32)
-    lists = np.full((n_queries, length), -1, np.int32)
-    found = min(length, n_keys)
-    if found:
-        scores = rng.standard_normal((n_queries, dim)) @ keys.T
-        lists[:, :found] = np.argsort(-scores, axis=1)[:, :found]
-    return keys, lists
+    keys = rng.standard_normal((n_heads, n_keys, dim)).astype(np.float32)
+    queries = rng.standard_normal((n_heads, n_queries, dim)).astype(np.float32)
+    sampled = rng.standard_normal((n_heads, 40, dim)).astype(np.float32)
+    return keys, samples_of(sampled, keys, 8), queries
 
 
-def assert_sound(graph, n_keys, config):
-    assert graph.neighbors.shape == (n_keys, config.degree)
-    assert graph.neighbors.dtype == graph.entries.dtype == np.int32
-    assert len(graph.entries) <= config.entry_points
-    assert len(set(graph.entries.tolist())) == len(graph.entries)
-    assert len(graph.entries) == 0 if n_keys == 0 else len(graph.entries) > 0
-    for key, row in enumerate(graph.neighbors):
-        links = row[row >= 0]
-        assert (row[len(links) :] == -1).all()
-        assert len(set(links.tolist())) == len(links)
-        assert key not in links
-        assert (links < n_keys).all()
-        assert {key - 1, key + 1} & set(range(n_keys)) <= set(links.tolist())
-    assert unreachable(graph.neighbors, graph.entries).size == 0
+def parts(n_keys=300):
+    """Arguments of the constructor."""
+    keys, samples, queries = random_layer(n_keys)
+    graphs = build_layer(keys, samples, config=CONFIG)
+    neighbors, entries = (np.stack([getattr(g, name) for g in graphs]) for name in ("neighbors", "entries"))
+    return keys, neighbors, entries, queries
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    n_keys=st.integers(0, 60),
-    n_queries=st.integers(0, 30),
-    length=st.integers(1, 12),
-    key_neighbors=st.integers(0, 4),
-    degree=st.integers(6, 12),
-    seed=st.integers(0, 99),
-)
-def test_every_graph_is_sound(n_keys, n_queries, length, key_neighbors, degree, seed):
-    config = GraphConfig(degree=degree, key_neighbors=key_neighbors, entry_points=4)
-    keys, lists = random_case(n_keys, n_queries, length, seed=seed)
-    assert_sound(build_graph(keys, lists, config=config), n_keys, config)
+@pytest.mark.parametrize("n_keys", [1, 2, 5, 65])
+def test_full_budget_returns_every_key(n_keys):
+    keys, samples, queries = random_layer(n_keys)
+    index = GraphIndex.build(keys, samples, config=CONFIG, search_list=1)
+    for effort in (0, n_keys):
+        result = index.search(queries, k=n_keys, effort=effort)
+        assert (np.sort(result.ids, axis=-1) == np.arange(n_keys)).all()
+        assert (result.visited == n_keys).all()
 
 
-def test_identical_keys_and_short_lists():
-    lists = np.array([[3, 5, -1], [4, -1, -1], [-1, -1, -1]], np.int32)
-    assert_sound(build_graph(np.ones((40, 4), np.float32), lists, config=SMALL), 40, SMALL)
+def test_nothing_to_search():
+    keys, samples, queries = random_layer(0)
+    index = GraphIndex.build(keys, samples, config=CONFIG)
+    assert (index.n_heads, index.n_keys) == (2, 0)
+    assert (index.search(queries, k=5).ids == -1).all()
+    keys, samples, queries = random_layer()
+    assert GraphIndex.build(keys, samples, config=CONFIG).search(queries[:, :0], k=5).ids.shape == (2, 0, 5)
 
 
-@pytest.mark.parametrize("n_keys", [700, 2500], ids=["exact", "cells"])
-def test_threads_do_not_change_the_graph(monkeypatch, n_keys):
-    monkeypatch.setattr(nearest, "MAX_EXACT_KEYS", 1000)
-    monkeypatch.setattr(nearest, "_KEYS_PER_CELL", 256)
-    keys, lists = random_case(n_keys, 400, 16, dim=32)
-    graphs = [build_graph(keys, lists, config=GraphConfig(), threads=threads) for threads in (1, 2, 5)]
-    for graph in graphs[1:]:
-        np.testing.assert_array_equal(graph.neighbors, graphs[0].neighbors)
-        np.testing.assert_array_equal(graph.entries, graphs[0].entries)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_read_only_arrays_and_concurrent_searches(dtype):
+    keys, samples, queries = random_layer(n_queries=50)
+    keys.flags.writeable = queries.flags.writeable = False
+    index = GraphIndex.build(keys, samples, config=CONFIG, dtype=dtype, exact=encode(keys), threads=2)
+    with ThreadPoolExecutor(4) as pool:
+        expected = index.search(queries, k=10)
+        for result in pool.map(lambda _: index.search(queries, k=10), range(20)):
+            np.testing.assert_array_equal(result.ids, expected.ids)
 
 
-def test_queries_that_share_a_pivot_keep_each_others_links():
-    """RoarGraph's code overwrites the pivot's list: only the last query's keys would stay linked to key 0."""
-    keys = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    lists = np.array([[0, 10, 20], [0, 30, 40], [0, 50, 60]], np.int32)
-    graph = build_graph(keys, lists, config=GraphConfig(degree=16, key_neighbors=0))
-    assert {10, 20, 30, 40, 50, 60} <= set(graph.neighbors[0].tolist())
-    for key in (10, 20, 30, 40, 50, 60):
-        assert 0 in graph.neighbors[key]
-
-
-def test_links_of_more_lists_come_first():
-    keys = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    rare = [[0, key] for key in range(10, 40)]
-    frequent = [[0, 50]] * 2
-    graph = build_graph(keys, np.array([*rare, *frequent], np.int32), config=GraphConfig(degree=6, key_neighbors=0))
-    assert 50 in graph.neighbors[0]
-
-
-def test_entries_cover_different_lists():
-    lists = np.array([[1, 2]] * 10 + [[2, 1]] * 9 + [[30, 31]] * 3, np.int32)
-    keys = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    config = GraphConfig(entry_points=2)
-    assert build_graph(keys, lists, config=config).entries.tolist() == [1, 30]
-
-
-@pytest.mark.parametrize("n_keys", [1, 2, 3, 100])
-def test_nearest_keys_are_exact(n_keys):
-    keys = np.random.default_rng(1).standard_normal((n_keys, 8)).astype(np.float32)
-    found = nearest_keys(keys, k=5)
-    distances = ((keys[:, None] - keys) ** 2).sum(-1)
-    np.fill_diagonal(distances, np.inf)
-    np.testing.assert_array_equal(found, np.argsort(distances, axis=1)[:, : min(5, n_keys - 1)])
-
-
-def test_nearest_keys_in_cells_are_nearly_exact(monkeypatch):
-    _, keys = stressed_vectors(3000, 1)
-    exact = nearest_keys(keys, k=10)
-    monkeypatch.setattr(nearest, "MAX_EXACT_KEYS", 1000)
-    monkeypatch.setattr(nearest, "_KEYS_PER_CELL", 128)
-    near = nearest_keys(keys, k=10)
-    assert np.mean([len(set(a) & set(b)) for a, b in zip(near, exact, strict=True)]) / 10 > 0.9
-
-
-def test_unreachable_finds_the_lost():
-    neighbors = np.array([[1, -1], [0, -1], [3, -1], [2, -1]], np.int32)
-    assert unreachable(neighbors, np.array([0, -1], np.int32)).tolist() == [2, 3]
-    assert unreachable(neighbors, np.array([0, 3], np.int32)).tolist() == []
+def test_search_list_is_the_default_effort():
+    keys, neighbors, entries, queries = parts()
+    narrow, wide = (GraphIndex(encode(keys), neighbors, entries, search_list=n) for n in (3, 100))
+    assert narrow.search(queries, k=3).visited.sum() < wide.search(queries, k=3).visited.sum()
+    same = narrow.search(queries, k=3, effort=100)
+    np.testing.assert_array_equal(same.visited, wide.search(queries, k=3).visited)
+    by_k = GraphIndex(encode(keys), neighbors, entries).search(queries, k=5)
+    np.testing.assert_array_equal(by_k.visited, narrow.search(queries, k=5, effort=10).visited)
 
 
 @pytest.mark.parametrize(
-    ("keys", "lists", "field"),
+    ("change", "field"),
     [
-        (np.ones((4, 2)), np.zeros((1, 2), np.int32), "keys"),
-        (np.ones((4, 2), np.float32), np.zeros((1, 2)), "query_topk"),
-        (np.ones((4, 2), np.float32), np.full((1, 2), 4, np.int32), "query_topk"),
+        pytest.param({"neighbors": np.zeros((2, 299, 8), np.int32)}, "neighbors", id="rows"),
+        pytest.param({"neighbors": np.zeros((2, 300, 8), np.int64)}, "neighbors", id="dtype"),
+        pytest.param({"neighbors": np.full((2, 300, 8), 300, np.int32)}, "neighbors", id="link-past-the-end"),
+        pytest.param({"entries": np.full((2, 4), -2, np.int32)}, "entries", id="entry-below-none"),
+        pytest.param({"entries": np.zeros((3, 4), np.int32)}, "entries", id="heads-of-entries"),
+        pytest.param({"exact": encode(np.zeros((2, 300, 5), np.float32))}, "exact", id="exact-of-other-keys"),
+        pytest.param({"search_list": -1}, "search_list", id="search_list"),
+        pytest.param({"threads": 0}, "threads", id="threads"),
     ],
 )
-def test_errors_name_the_field(keys, lists, field):
+def test_errors_name_the_field(change, field):
+    keys, neighbors, entries, queries = parts()
+    arguments = {"keys": encode(keys), "neighbors": neighbors, "entries": entries, "search_list": 9, **change}
     with pytest.raises(ConfigError) as error:
-        build_graph(keys, lists, config=SMALL)
+        GraphIndex(**arguments).search(queries, k=3)
     assert error.value.field == field
+
+
+def test_samples_of_other_keys_are_refused():
+    keys, neighbors, entries, _ = parts()
+    samples = [QuerySample(np.full((3, 2), 300, np.int32), np.zeros((3, 6), np.float32))] * 2
+    with pytest.raises(KeysError, match="KV head 0"):
+        GraphIndex(encode(keys), neighbors, entries, samples=samples)
+
+
+def test_a_table_without_its_entries_is_refused():
+    keys, samples, _ = random_layer()
+    table = GraphIndex.build(keys, samples, config=CONFIG).to_arrow()
+    metadata = {name: value for name, value in table.schema.metadata.items() if b"entries" not in name}
+    with pytest.raises(IntegrityError, match="entries"):
+        GraphIndex.from_arrow(table.replace_schema_metadata(metadata), keys)
+
+
+def test_heads_are_built_independently():
+    keys, samples, _ = random_layer(n_heads=3)
+    together = build_layer(keys, samples, config=CONFIG, threads=2)
+    for head in range(3):
+        alone = build_layer(keys[head : head + 1], samples[head : head + 1], config=CONFIG)[0]
+        np.testing.assert_array_equal(alone.neighbors, together[head].neighbors)
+        np.testing.assert_array_equal(alone.entries, together[head].entries)
+
+
+@pytest.mark.parametrize(("n", "rows"), [(0, []), (1, [0]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])])
+def test_thinned_keeps_queries_with_their_lists(n, rows):
+    topk = np.arange(14, dtype=np.int32).reshape(7, 2)
+    queries = np.arange(15, dtype=np.float32).reshape(5, 3)  # of the last two lists the vectors are not known
+    kept = thinned(QuerySample(topk, queries), n)
+    np.testing.assert_array_equal(kept.topk, topk[rows])
+    np.testing.assert_array_equal(kept.queries, queries[rows])
+    unknown = QuerySample(topk)
+    assert thinned(unknown, n) is unknown
+
+
+@pytest.fixture(scope="module")
+def stressed():
+    """4K keys, 3K sampled queries and 200 held-out ones with their exact top-50."""
+    queries, keys = stressed_layer(4096, 3200)
+    return keys, samples_of(queries[:, :3000], keys), queries[:, 3000:], top_lists(queries[0, 3000:], keys[0], 50)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reranked"),
+    [("float32", False), ("bfloat16", False), ("int8", False), ("int8", True)],
+    ids=["float32", "bfloat16", "int8", "int8-exact"],
+)
+def test_recall_of_held_out_queries(stressed, dtype, reranked):
+    keys, samples, tested, truth = stressed
+    exact = encode(keys) if reranked else None
+    index = GraphIndex.build(keys, samples, dtype=dtype, exact=exact)
+    result = index.search(tested, k=50, effort=128)
+    assert recall(result.ids[0], truth) >= 0.9
+    assert result.visited.mean() < 0.3 * 4096
+
+
+def test_the_data_defeats_an_index_of_distances(stressed):
+    keys, _, tested, truth = stressed
+    faiss.omp_set_num_threads(1)
+    hnsw = faiss.IndexHNSWFlat(keys.shape[2], 16, faiss.METRIC_INNER_PRODUCT)
+    hnsw.add(keys[0])
+    hnsw.hnsw.efSearch = 128
+    assert recall(hnsw.search(tested[0], 50)[1], truth) < 0.6

@@ -1,0 +1,227 @@
+"""What the baselines share: exact scores of candidates, the frame of an index, work by heads and by blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rabatch.errors import ConfigError, IntegrityError, KeysError
+from rabatch.index.arrow import from_table, to_table
+from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, check_samples
+from rabatch.index.compiled import compiled, read_only, run_ranges
+from rabatch.index.flat import FlatIndex
+
+# Below, nothing is built and every search is exact: a scan is sooner done, and faiss trains and links on too little.
+MIN_KEYS = 256
+QUERIES_PER_BLOCK = 64
+
+native: Any = faiss  # its types leave out much of what is used here
+
+
+@contextmanager
+def one_faiss_thread() -> Iterator[None]:
+    """OpenMP counts are per thread: the calling one gets 1, then its own again. Threads here are Python's."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@compiled
+def _score_range(keys, queries, candidates, start, stop, ids, scores):  # type: ignore[no-untyped-def]
+    n_queries, dim = queries.shape[1], keys.shape[2]
+    k = ids.shape[2]
+    found = np.empty(candidates.shape[2], np.float32)
+    for item in range(start, stop):
+        head, row = item // n_queries, item % n_queries
+        listed = candidates[head, row]
+        for j in range(len(listed)):
+            score = np.float32(0.0)
+            if listed[j] >= 0:
+                for t in range(dim):
+                    score += keys[head, listed[j], t] * queries[head, row, t]
+            found[j] = score if listed[j] >= 0 else -np.inf
+        place = 0
+        for j in np.argsort(-found, kind="mergesort"):
+            if place < k and listed[j] >= 0:
+                ids[head, row, place], scores[head, row, place] = listed[j], found[j]
+                place += 1
+
+
+def score_candidates(
+    keys: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    candidates: NDArray[np.int64],
+    result: SearchResult,
+    *,
+    threads: int,
+) -> None:
+    """Fill `result` with the best of `candidates` [n_kv_heads, n_queries, n], by their exact scores; -1 is skipped."""
+    arrays = [read_only(a) for a in (keys, queries, candidates)]
+
+    def score(start: int, stop: int) -> None:
+        _score_range(*arrays, start, stop, result.ids, result.scores)
+
+    run_ranges(score, queries.shape[0] * queries.shape[1], threads=threads)
+
+
+class Baseline:
+    """The frame of a `KeyIndex`: checks, the exact search at full effort, saving. Subclasses build and search.
+
+    Args:
+        keys: [n_kv_heads, n_keys, head_dim], float32; kept, not copied, where it is in one piece.
+        options: What `build` was given by name, with defaults filled in; JSON values.
+    """
+
+    kind: str = ""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, keys: NDArray[np.float32], options: Mapping[str, Any], *, seed: int, threads: int) -> None:
+        self._keys = np.ascontiguousarray(keys)
+        self._options, self._seed, self._threads = dict(options), seed, threads
+        self._flat: FlatIndex | None = None  # made when a search is first exact
+
+    @property
+    def n_heads(self) -> int:
+        return int(self._keys.shape[0])
+
+    @property
+    def n_keys(self) -> int:
+        return int(self._keys.shape[1])
+
+    @property
+    def bytes_per_key(self) -> float:
+        """The keys and, where the library wants its own, its copy of them; see `KeyIndex.bytes_per_key`."""
+        return self._keys.shape[2] * 4.0 + self._bytes() / max(self.n_heads * self.n_keys, 1)
+
+    @classmethod
+    def build(
+        cls,
+        keys: NDArray[np.float32],
+        samples: Sequence[QuerySample],
+        *,
+        seed: int = 0,
+        threads: int = 1,
+        **options: Any,
+    ) -> Self:
+        """See `KeyIndex.build`; the options are the names in `defaults`."""
+        check_keys(keys)
+        check_samples(samples, keys.shape[0], keys.shape[1], keys.shape[2])
+        for name in options:
+            if name not in cls.defaults:
+                raise ConfigError(name, options[name], f"{cls.kind} has the options {', '.join(cls.defaults)}")
+        if threads < 1:
+            raise ConfigError("threads", threads, "must be >= 1")
+        index = cls(keys, {**cls.defaults, **options}, seed=seed, threads=threads)
+        if index.n_keys >= MIN_KEYS:
+            index._fit(samples)
+        return index
+
+    def search(
+        self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
+    ) -> SearchResult:
+        """See `KeyIndex.search`; `beta` only cuts what was found."""
+        check_queries(queries, self.n_heads, self._keys.shape[2], k=k)
+        if effort < 0:
+            raise ConfigError("effort", effort, "must be >= 0; 0 is the default")
+        if self.n_keys < MIN_KEYS or max(effort, k) >= self.n_keys:
+            self._flat = self._flat or FlatIndex(self._keys)
+            result = self._flat.search(queries, k=k)
+        else:
+            result = self._search(queries, k, effort)
+        return apply_beta(result, beta)
+
+    def insert(self, keys: NDArray[np.float32]) -> None:
+        """See `KeyIndex.insert`."""
+        check_keys(keys, n_heads=self.n_heads, head_dim=self._keys.shape[2])
+        n_old, self._flat = self.n_keys, None
+        self._keys = np.concatenate([self._keys, keys], axis=1)
+        if n_old >= MIN_KEYS:
+            self._insert(n_old)
+        elif self.n_keys >= MIN_KEYS:
+            nothing = QuerySample(np.empty((0, 0), np.int32))
+            self._fit([nothing] * self.n_heads)
+
+    def to_arrow(self) -> pa.Table:
+        """See `KeyIndex.to_arrow`."""
+        settings = {
+            "kind": self.kind,
+            "n_heads": self.n_heads,
+            "n_keys": self.n_keys,
+            "seed": self._seed,
+            "options": self._options,
+        }
+        built = self.n_keys >= MIN_KEYS
+        return to_table(settings, self._columns() if built else {}, self._arrays() if built else {})
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
+        """See `KeyIndex.from_arrow`."""
+        settings, columns, arrays = from_table(table, cls.kind)
+        check_keys(keys)
+        if keys.shape[:2] != (settings["n_heads"], settings["n_keys"]):
+            raise KeysError("keys", keys.shape, f"must be {settings['n_heads']} heads x {settings['n_keys']} keys")
+        index = cls(keys, settings["options"], seed=settings["seed"], threads=threads)
+        if index.n_keys >= MIN_KEYS:
+            try:
+                index._restore(columns, arrays)
+            except (KeyError, RuntimeError) as error:  # what faiss raises on bytes it cannot read
+                raise IntegrityError("index table", cls.kind, f"does not hold the index: {error}") from error
+        return index
+
+    def _fit(self, samples: Sequence[QuerySample]) -> None:
+        raise NotImplementedError
+
+    def _search(self, queries: NDArray[np.float32], k: int, effort: int) -> SearchResult:
+        """Search for fewer than `n_keys` keys with an effort below `n_keys`, of at least `MIN_KEYS` keys."""
+        raise NotImplementedError
+
+    def _insert(self, n_old: int) -> None:
+        """Index the keys from `n_old` on; `self._keys` has them already."""
+        raise NotImplementedError
+
+    def _bytes(self) -> int:
+        """Bytes held beside the keys."""
+        raise NotImplementedError
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return {}
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+    def _restore(self, columns: Mapping[str, NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> None:
+        raise NotImplementedError
+
+    def _for_heads(self, task: Any) -> None:
+        """Call `task(head)` for every head, on the index's threads; one head is one thread's, so nothing races."""
+
+        def work(start: int, stop: int) -> None:
+            with one_faiss_thread():
+                for head in range(start, stop):
+                    task(head)
+
+        run_ranges(work, self.n_heads, threads=self._threads)
+
+    def _for_blocks(self, n_queries: int, task: Any) -> None:
+        """Call `task(head, rows)` for blocks of queries of every head, on the index's threads.
+
+        Blocks are of one size: faiss may take another path for few queries than for many.
+        """
+        per_head = -(-n_queries // QUERIES_PER_BLOCK)
+
+        def work(start: int, stop: int) -> None:
+            with one_faiss_thread():
+                for block in range(start, stop):
+                    first = block % per_head * QUERIES_PER_BLOCK
+                    task(block // per_head, slice(first, min(first + QUERIES_PER_BLOCK, n_queries)))
+
+        run_ranges(work, self.n_heads * per_head, threads=self._threads)

@@ -1,0 +1,82 @@
+"""What the kernels need of the machine and numba does not offer: a prefetch, and 16-bit floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from rabatch.index.compiled import FAST
+
+_I8P, _I32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+
+
+@intrinsic  # type: ignore[misc]
+def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of element `index` of a C-contiguous array, counted as if it had one dimension."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), _I8P)
+        kind = ir.FunctionType(ir.VoidType(), [_I8P, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, to keep in every cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _bfloat16(typing_context, bits):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _I32(16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _float16(typing_context, bits):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def dot(codes: np.ndarray, head: int, key: int, query: np.ndarray, half: bool) -> float:
+    """Inner product of `codes[head, key]` and `query`, for kernels.
+
+    Args:
+        codes: [n_heads, n_keys, head_dim]: float32, int8, or the bits of 16-bit floats as uint16.
+        query: [head_dim], float32.
+        half: Whether bits are IEEE float16; else they are bfloat16.
+    """
+    raise NotImplementedError("compiled code only: see the overload below")
+
+
+@overload(dot, jit_options={"fastmath": FAST})  # type: ignore[misc]
+def _dot(codes, head, key, query, half):  # type: ignore[no-untyped-def]
+    if codes.dtype != types.uint16:
+
+        def number(codes, head, key, query, half):  # type: ignore[no-untyped-def]
+            total = np.float32(0.0)
+            for t in range(query.shape[0]):
+                total += np.float32(codes[head, key, t]) * query[t]
+            return total
+
+        return number
+
+    def bits(codes, head, key, query, half):  # type: ignore[no-untyped-def]
+        total = np.float32(0.0)
+        if half:
+            for t in range(query.shape[0]):
+                total += _float16(codes[head, key, t]) * query[t]  # type: ignore[call-arg]
+        else:
+            for t in range(query.shape[0]):
+                total += _bfloat16(codes[head, key, t]) * query[t]  # type: ignore[call-arg]
+        return total
+
+    return bits
