@@ -33,7 +33,7 @@ class Growing:
         self._alignment = align(keys, sample.queries)
         self._queries = self._alignment.queries(sample.queries)
         self._keys = self._alignment.keys(keys)
-        self._topk = sample.topk.copy()
+        self._topk = sample.topk.copy() if sample.topk.shape[1] else np.full((len(sample.topk), 1), -1, np.int32)
         picked = self._keys[np.maximum(self._topk, 0)] if len(keys) else np.zeros((*self._topk.shape, keys.shape[1]))
         scores = np.einsum("qd,qkd->qk", self._queries, picked)
         self._scores = np.where(self._topk >= 0, scores, -np.inf).astype(np.float32)
@@ -89,7 +89,7 @@ def _insert(keys, neighbors, wanted, topk, scores, seen, start, stop, voters):  
             n_best = min(n_best + 1, voters)
         # What they know, nearest to the key first; each once.
         n_candidates = 0
-        seen[key] = key
+        seen[max(key - 1, 0) : key + 1] = key  # the key before is linked already
         for b in range(n_best + 1):
             if b < n_best:
                 known = topk[best[b]]

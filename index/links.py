@@ -45,6 +45,7 @@ def build_graph(
     config: GraphConfig,
     seed: int = 0,
     threads: int = 1,
+    nearest: NDArray[np.int32] | None = None,
 ) -> Graph:
     """Build the graph of one KV head from its keys and the top-k lists of sampled queries of its whole query group.
 
@@ -56,6 +57,8 @@ def build_graph(
         config: Degree, share of key neighbours, entry points.
         seed: Of the clustering behind the nearest keys of large indexes.
         threads: Threads to use.
+        nearest: [n_keys, >= key_neighbors], int32, links between keys, best first, -1 for none, found in another way.
+            None: the nearest keys in L2, about.
 
     Raises:
         ConfigError: Arrays of the wrong shape or dtype, or ids out of range.
@@ -71,7 +74,9 @@ def build_graph(
         return Graph(np.full((n_keys, config.degree), -1, np.int32), np.arange(n_keys, dtype=np.int32))
     centered = keys - keys.mean(axis=0)  # changes no order of scores, makes inner products between keys meaningful
     offsets, candidates = _co_occurrence(query_topk, n_keys)
-    nearest = nearest_keys(centered, k=config.key_neighbors, seed=seed, threads=threads)
+    if nearest is None:
+        nearest = nearest_keys(centered, k=config.key_neighbors, seed=seed, threads=threads)
+    nearest = nearest[:, : config.key_neighbors]
     neighbors = np.full((n_keys, config.degree), -1, np.int32)
     counts = np.zeros(n_keys, np.int32)
     inputs = [read_only(a) for a in (centered, offsets, candidates, nearest)]
@@ -165,7 +170,8 @@ def _link_range(  # type: ignore[no-untyped-def]
                 state[c] = 1
                 n += 1
         for c in range(nearest.shape[1]):
-            n = _append(neighbors, key, n, nearest[key, c])
+            if nearest[key, c] >= 0:
+                n = _append(neighbors, key, n, nearest[key, c])
         counts[key] = n
 
 

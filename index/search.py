@@ -11,6 +11,7 @@ from rabatch.index.compiled import compiled, read_only, run_ranges
 from rabatch.index.machine import dot, prefetch
 
 _CACHE_LINE_BYTES = 64
+_LINKS_PER_LINE = 16
 
 
 @compiled
@@ -22,7 +23,8 @@ def _search_range(  # type: ignore[no-untyped-def]
     The list is a sorted array. The new keys of one expansion are sorted and merged into it from its end, so an
     expansion moves each entry once (copying runs found by bisection was no faster at lists of 100-1,024). A bit per
     key says whether it was seen: for 128K keys 16 KiB, cleared in under 1 us per query. Keys lie anywhere in memory, so
-    those of an expansion are asked for before the first is scored: 1.3 to 1.8 times faster at 128K keys.
+    those of an expansion are asked for before the first is scored, and the links of the key that is likely to be
+    followed next: 1.3 to 1.8 times faster at 128K keys.
     """
     n_keys, dim = codes.shape[1], codes.shape[2]
     degree = neighbors.shape[2]
@@ -105,6 +107,13 @@ def _search_range(  # type: ignore[no-untyped-def]
                 break
             current = list_ids[first_open]
             list_ids[first_open] = ~current
+            following = first_open + 1  # likely the next to be followed: its links are asked for, too
+            while following < size and list_ids[following] < 0:
+                following += 1
+            if following < size:
+                first = (head * n_keys + list_ids[following]) * degree
+                for line in range(0, degree, _LINKS_PER_LINE):
+                    prefetch(neighbors, first + line)  # type: ignore[call-arg]
         visited[head, row] = scored
         for j in range(min(k, size)):
             ids[head, row, j] = list_ids[j] if list_ids[j] >= 0 else ~list_ids[j]

@@ -56,15 +56,14 @@ def attention_vectors(
     popularity = np.minimum(rng.pareto(3.0, n_keys), 4.0).astype(np.float32)
     keys = latent @ basis.T + 3.0 * length * _direction(rng, head_dim) + 0.3 * popularity[:, None] * query_cone
 
-    queries = np.empty((n_queries, head_dim), np.float32)
+    queries = np.zeros((n_queries, head_dim), np.float32)
     for head in range(query_heads):
         rows = slice(head, None, query_heads)
         n = len(range(head, n_queries, query_heads))
         gain = np.exp(0.5 * rng.standard_normal(head_dim, dtype=np.float32))
-        if n_keys:
-            wanted = 0.6 * latent[rng.integers(0, n_keys, n)] + 0.4 * latent[rng.integers(0, n_keys, n)]
-        else:
-            wanted = noise(n)
+        if not n_keys:
+            break  # without keys, there is nothing to look for: queries are zero
+        wanted = 0.6 * latent[rng.integers(0, n_keys, n)] + 0.4 * latent[rng.integers(0, n_keys, n)]
         cone = 2.0 * _direction(rng, head_dim) + 0.45 * query_cone
         queries[rows] = ((wanted + 0.5 * noise(n)) * gain) @ basis.T * sharpness + length * cone
     rng.shuffle(queries)

@@ -118,6 +118,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
     _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
     _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
+    _number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
@@ -210,6 +211,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         graph=graph,
         query_share=arguments.query_share,
         query_top_k=arguments.query_top_k,
+        sample_vectors=arguments.sample_vectors,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
     )

@@ -81,7 +81,7 @@ class GraphConfig(_Checked):
     """
 
     degree: int = 32
-    key_neighbors: int = 14
+    key_neighbors: int = 12
     entry_points: int = 16
 
     def __post_init__(self) -> None:
@@ -103,6 +103,9 @@ class BuildConfig(_Checked):
         graph: Parameters of the graph.
         query_share: Share of the context's query vectors, per query head, whose top-k keys are kept.
         query_top_k: How many keys per sampled query (N_q of RoarGraph).
+        sample_vectors: How many of the sampled queries, per KV head and at most, are known by their vectors too: from
+            them come the coordinates that graphs are made in. Rounded down to whole positions (a multiple of the
+            query heads that share a KV head). 0: graphs are made of the keys as they are.
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
@@ -114,13 +117,14 @@ class BuildConfig(_Checked):
     graph: GraphConfig = field(default_factory=GraphConfig)
     query_share: float = 0.25
     query_top_k: int = 32
+    sample_vectors: int = 1024
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
-        self._at_least(0, "sink_tokens")
+        self._at_least(0, "sink_tokens", "sample_vectors")
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", ("graph", "none"))
         self._one_of("kv_dtype", ("auto", *DTYPES))
@@ -132,7 +136,7 @@ class BuildConfig(_Checked):
         fields = self.to_dict()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
         if self.index == "none":
-            for name in ("graph", "query_share", "query_top_k"):
+            for name in ("graph", "query_share", "query_top_k", "sample_vectors"):
                 del fields[name]
         return fields
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rabatch.config import BuildConfig
-from rabatch.index.links import build_graph
+from rabatch.index.base import QuerySample, check_keys, check_samples
+from rabatch.index.graph import build_layer
 from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
@@ -17,7 +18,11 @@ from rabatch.units import Unit, index_range, read_geometry, unit_array, unit_ten
 
 
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
-    """Keys, values and, for a full-attention layer of a graph index, one graph per KV head."""
+    """Keys, values and, for a full-attention layer of a graph index, one graph per KV head.
+
+    Raises:
+        KeysError: Keys or sampled queries are not finite: the prefill overflowed.
+    """
     geometry = read_geometry(unit["geometry"])
     heads = unit["head_stop"] - unit["head_start"]
     keys = unit_tensor(unit["keys"], geometry.kv_dtype, heads, geometry.head_dim)
@@ -27,12 +32,11 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
     start, stop = index_range(n_tokens, build)
     sliding = geometry.sliding_windows[unit["layer"]]
     if build.index == "graph" and not sliding:
-        lists = unit_array(unit["lists"], np.int32).reshape(heads, -1, build.query_top_k)
-        graphs = []
-        for head in range(heads):
-            indexed = np.ascontiguousarray(keys[head, start:stop].float().numpy())
-            ranked = lists[head][lists[head][:, 0] >= 0]
-            graphs.append(build_graph(indexed, ranked, config=build.graph, threads=threads))
+        indexed = np.ascontiguousarray(keys[:, start:stop].float().numpy())
+        samples = _samples(unit, build, heads, geometry.head_dim)
+        check_keys(indexed)
+        check_samples(samples, *indexed.shape)
+        graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
         neighbors = np.stack([graph.neighbors for graph in graphs])
         if stop > start:
             # Graphs may have fewer entry points than asked for; a repeated one changes no search.
@@ -47,6 +51,17 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         entries=entries,
         index_start=0 if sliding else start,
     )
+
+
+def _samples(unit: Unit, build: BuildConfig, heads: int, head_dim: int) -> list[QuerySample]:
+    """The sampled queries of each KV head, without those that saw no key of the index."""
+    lists = unit_array(unit["lists"], np.int32).reshape(heads, -1, build.query_top_k)
+    queries = unit_array(unit["queries"], np.float32).reshape(heads, -1, head_dim)
+    samples = []
+    for ranked, vectors in zip(lists, queries, strict=True):
+        kept = ranked[:, 0] >= 0
+        samples.append(QuerySample(ranked[kept], vectors[kept[: len(vectors)]]))
+    return samples
 
 
 def store_unit(

@@ -46,7 +46,7 @@ def encode(loaded: LoadedModel, document_id: str, text: str) -> EncodedContext:
 
 @torch.inference_mode()
 def run(loaded: LoadedModel, context: EncodedContext, build: BuildConfig) -> tuple[ContextCache, PrefillCapture]:
-    """Run the model over the context in chunks; keys and values end up in the cache, top-k lists in the capture."""
+    """Run the model over the context in chunks; keys and values end up in the cache, sampled queries in the capture."""
     n_tokens = len(context)
     start, stop = index_range(n_tokens, build)
     capture = PrefillCapture(
@@ -55,6 +55,7 @@ def run(loaded: LoadedModel, context: EncodedContext, build: BuildConfig) -> tup
         window_tokens=build.window_tokens,
         query_share=build.query_share,
         top_k=build.query_top_k,
+        sample_vectors=build.sample_vectors,
     )
     cache = ContextCache(loaded.geometry.n_layers, n_tokens)
     ids = torch.from_numpy(context.token_ids).long()[None].to(loaded.config.device)
@@ -104,11 +105,12 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
         "keys": b"",
         "values": b"",
         "lists": b"",
+        "queries": b"",
     }
     for layer, (head_start, head_stop) in ranges:
         first = _first_row(len(context), geometry.sliding_windows[layer])
         keys, values = cache.states(layer)
-        lists = capture.lists(layer, head_start, head_stop)
+        lists, queries = capture.sample(layer, head_start, head_stop)
         yield {
             "unit_kind": "layer",
             **shared,
@@ -121,6 +123,7 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
             "keys": _to_bytes(keys[head_start:head_stop, first:].to(kv_dtype)),
             "values": _to_bytes(values[head_start:head_stop, first:].to(kv_dtype)),
             "lists": lists.numpy().tobytes(),
+            "queries": queries.float().numpy().tobytes(),
         }
 
 
@@ -152,7 +155,8 @@ def _head_ranges(
         raise ModelError("model", layer, "keys and values of this layer differ in shape; rabatch needs them equal")
     n_heads, n_tokens, head_dim = keys.shape
     rows = n_tokens - _first_row(n_tokens, capture.windows[layer])
-    head_bytes = rows * head_dim * 2 * kv_dtype.itemsize + capture.lists(layer, 0, 1).nbytes
+    lists, queries = capture.sample(layer, 0, 1)
+    head_bytes = rows * head_dim * 2 * kv_dtype.itemsize + lists.nbytes + queries.numel() * torch.float32.itemsize
     step = max(1, MAX_UNIT_BYTES // max(1, head_bytes))
     return [(start, min(start + step, n_heads)) for start in range(0, n_heads, step)]
 

@@ -17,7 +17,9 @@ from rabatch.storage.manifest import Geometry
 
 Unit = dict[str, Any]
 """An Arrow-able row. `unit_kind` "tokens": token_id, char_start, char_end. "layer": keys, values (bytes of
-[heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k])."""
+[heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k]), queries (bytes of float32
+[heads, n_vectors, head_dim], the vectors behind the first `n_vectors` lists: float32 holds every compute dtype exactly,
+so a reader need not know it, and beside keys and values they are few)."""
 
 
 def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:

@@ -64,3 +64,13 @@ def test_query_store_imports_nothing_of_rabatch():
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "query_store.py"}
+
+
+def test_a_key_index_alone(tmp_path):
+    done = run("key_index.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    share = float(lines[2].removeprefix("held-out queries: ").split()[0])
+    assert 0.97 < share <= 1
+    assert lines[3].startswith("8202 keys with 10 inserted")
+    assert lines[3].endswith("loads as saved: True")

@@ -299,14 +299,22 @@ def test_damaged_tables_are_refused(built, layer):
 
 
 def test_sampled_queries_improve_vamana():
-    queries, keys = stress(*attention_vectors(4000, 2064, head_dim=64))
+    """Queries that blend clusters of keys; those of `attention_vectors` ask for one or two, and it finds them anyway."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((16, 64)) / 4
+    centers = rng.standard_normal((96, 16)) * rng.gamma(2.0, 0.5, (96, 1))
+    keys = (centers[rng.integers(0, 96, 4000)] + 0.6 * rng.standard_normal((4000, 16))) @ mix
+    keys += 0.35 * rng.standard_normal((4000, 64))
+    queries = rng.dirichlet(np.full(96, 0.02), 2064) @ centers @ mix + rng.standard_normal(64)
+    queries += 0.4 * rng.standard_normal((2064, 64))
+    queries, keys = stress(queries.astype(np.float32), keys.astype(np.float32))
     tested = queries[None, 2000:]
     exact = FlatIndex(keys[None]).search(tested, k=50)
     nothing = [QuerySample(np.empty((0, 1), np.int32))]
     samples = (samples_of(queries[None, :2000]), nothing)
     index, plain = (VamanaIndex.build(keys[None], s, build_list=60) for s in samples)
-    assert recall(index.search(tested, k=50, effort=50), exact) > 0.9
-    assert recall(plain.search(tested, k=50, effort=50), exact) < 0.9
+    assert recall(index.search(tested, k=50, effort=50), exact) > 0.88
+    assert recall(plain.search(tested, k=50, effort=50), exact) < 0.84
 
 
 def test_nearest_lifted_key_has_the_highest_score():

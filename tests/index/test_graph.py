@@ -57,7 +57,7 @@ def test_nothing_to_search():
 def test_read_only_arrays_and_concurrent_searches(dtype):
     keys, samples, queries = random_layer(n_queries=50)
     keys.flags.writeable = queries.flags.writeable = False
-    index = GraphIndex.build(keys, samples, config=CONFIG, dtype=dtype, exact=encode(keys), threads=2)
+    index = GraphIndex.build(keys, samples, config=CONFIG, dtype=dtype, exact="float32", threads=2)
     with ThreadPoolExecutor(4) as pool:
         expected = index.search(queries, k=10)
         for result in pool.map(lambda _: index.search(queries, k=10), range(20)):
@@ -93,6 +93,16 @@ def test_errors_name_the_field(change, field):
     with pytest.raises(ConfigError) as error:
         GraphIndex(**arguments).search(queries, k=3)
     assert error.value.field == field
+
+
+def test_selected_heads_are_searched_alike():
+    keys, samples, queries = random_layer(n_heads=3)
+    index = GraphIndex.build(keys, samples, config=CONFIG, dtype="int8", exact="float32")
+    selected, whole = index.select([2, 0]).search(queries[[2, 0]], k=5), index.search(queries, k=5)
+    np.testing.assert_array_equal(selected.ids, whole.ids[[2, 0]])
+    np.testing.assert_array_equal(selected.scores, whole.scores[[2, 0]])
+    index.select([1]).insert(keys[1:2, :3])
+    assert index.n_keys == 300
 
 
 def test_samples_of_other_keys_are_refused():
@@ -138,13 +148,16 @@ def stressed():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "reranked"),
-    [("float32", False), ("bfloat16", False), ("int8", False), ("int8", True)],
-    ids=["float32", "bfloat16", "int8", "int8-exact"],
+    ("dtype", "exact"),
+    [
+        pytest.param("float32", None, id="float32"),
+        pytest.param("bfloat16", None, id="bfloat16"),
+        pytest.param("int8", None, id="int8"),
+        pytest.param("int8", "bfloat16", id="int8-bfloat16"),
+    ],
 )
-def test_recall_of_held_out_queries(stressed, dtype, reranked):
+def test_recall_of_held_out_queries(stressed, dtype, exact):
     keys, samples, tested, truth = stressed
-    exact = encode(keys) if reranked else None
     index = GraphIndex.build(keys, samples, dtype=dtype, exact=exact)
     result = index.search(tested, k=50, effort=128)
     assert recall(result.ids[0], truth) >= 0.9

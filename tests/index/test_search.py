@@ -37,9 +37,7 @@ def assert_is_reference(layer, *, dtype="float32", k, search_list, beta=None, th
     keys, neighbors, entries, queries = layer
     codes = encode(keys, dtype)
     np.testing.assert_array_equal(codes.decode(), keys)
-    result = search_graph(
-        codes, neighbors, entries, queries, k=k, search_list=search_list, beta=beta, threads=threads
-    )
+    result = search_graph(codes, neighbors, entries, queries, k=k, search_list=search_list, beta=beta, threads=threads)
     for head, row in np.ndindex(queries.shape[:2]):
         ids, scores, scored = search_naive.search_graph(
             keys[head],
@@ -69,7 +67,9 @@ def test_kernel_equals_reference_for_every_dtype(dtype, k, search_list, beta):
 
 
 @pytest.mark.parametrize(
-    "beta", [(0.0, 0.0), (1.0, 3.0), (2.5, 0.5), (8.0, 0.0), (1e6, 1.0), (np.inf, np.inf)], ids="beta {0[0]} {0[1]}".format
+    "beta",
+    [(0.0, 0.0), (1.0, 3.0), (2.5, 0.5), (8.0, 0.0), (1e6, 1.0), (np.inf, np.inf)],
+    ids="beta {0[0]} {0[1]}".format,
 )
 @pytest.mark.parametrize(("k", "search_list"), [(1, 1), (50, 1), (50, 10), (10, 50), (280, 3)])
 def test_kernel_with_beta_equals_reference(beta, k, search_list):

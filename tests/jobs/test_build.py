@@ -20,7 +20,7 @@ import pytest
 from rabatch.config import BuildConfig, Recipe
 from rabatch.demo.corpus import write_corpus
 from rabatch.fingerprint import model_fields
-from rabatch.index.graph import unreachable
+from rabatch.index.links import unreachable
 from rabatch.jobs.build import build
 from rabatch.jobs.catalog import Catalog
 from rabatch.jobs.settings import model_settings, resolved_model

@@ -1,9 +1,11 @@
-"""Prefill: top-k lists of sampled queries against a naive reference, units, limits."""
+"""Prefill: top-k lists and vectors of sampled queries against a naive reference, units, limits."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +17,23 @@ from rabatch.attention.seam import AttentionCall, attending
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import answer_batch, open_context
 from rabatch.demo.corpus import generate_document
-from rabatch.errors import DocumentError
-from rabatch.index.graph import unreachable
+from rabatch.errors import DocumentError, KeysError
+from rabatch.fingerprint import index_fields
+from rabatch.index.base import QuerySample
+from rabatch.index.graph import build_layer
+from rabatch.index.links import unreachable
 from rabatch.indexing import layer_block
 from rabatch.loading import LoadedModel, load_model
 from rabatch.prefill import prefill_units, run
+from rabatch.prompts import EncodedContext
+from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.verify import verify
-from rabatch.units import index_range, unit_array, unit_tensor
+from rabatch.units import Unit, index_range, unit_array, unit_tensor
 from tests.rabatch.engine import new_store, store_document
 
 BUILD = BuildConfig(sink_tokens=8, window_tokens=40, query_top_k=8, query_share=0.3, prefill_chunk_tokens=97)
+SOME = dataclasses.replace(BUILD, sample_vectors=50)
+"""Vectors of a part of the sampled queries; the default of `BUILD` is more than this document has."""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +46,8 @@ def text() -> str:
     return str(generate_document(document_id="d", tokens=500, n_questions=1, seed=3)[0]["text"])
 
 
-def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text: str) -> None:
-    """Every list is compared, by score, with the ranking that the queries of one unchunked pass give."""
-    context = prefill.encode(loaded, "d", text)
-    _cache, capture = run(loaded, context, BUILD)
+def dense_calls(loaded: LoadedModel, context: EncodedContext) -> dict[int, AttentionCall]:
+    """Queries and keys of every layer, from one unchunked pass."""
     calls: dict[int, AttentionCall] = {}
 
     class Recorder(PrefillCapture):
@@ -48,10 +55,19 @@ def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text
             calls[call.layer] = call
             return super().attend(call)
 
-    start, stop = index_range(len(context), BUILD)
-    recorder = Recorder(context_tokens=len(context), index_range=(0, 0), window_tokens=0, query_share=0.1, top_k=1)
+    nothing: dict[str, Any] = {"window_tokens": 0, "query_share": 0.1, "top_k": 1, "sample_vectors": 0}
+    recorder = Recorder(context_tokens=len(context), index_range=(0, 0), **nothing)
     with torch.inference_mode(), attending(recorder):
         loaded.model(torch.from_numpy(context.token_ids).long()[None])
+    return calls
+
+
+def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text: str) -> None:
+    """Every list is compared, by score, with the ranking that the queries of one unchunked pass give."""
+    context = prefill.encode(loaded, "d", text)
+    _cache, capture = run(loaded, context, BUILD)
+    calls = dense_calls(loaded, context)
+    start, stop = index_range(len(context), BUILD)
     sampled = capture.sampled
     assert len(sampled) == pytest.approx(0.3 * (len(context) - start - BUILD.window_tokens), abs=2)
     for layer, call in calls.items():
@@ -75,11 +91,84 @@ def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text
                 assert len(set(found[found >= 0].tolist())) == int((found >= 0).sum()) == len(best)
 
 
-def test_units_carry_everything_once(loaded: LoadedModel, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Split into single heads or whole layers: the same keys, values and lists."""
-    whole = list(prefill_units(loaded, "d", text, BUILD))
-    monkeypatch.setattr(prefill, "MAX_UNIT_BYTES", 1)
-    single = list(prefill_units(loaded, "d", text, BUILD))
+@pytest.mark.parametrize("build", [BUILD, SOME], ids=["all", "some"])
+def test_vectors_belong_to_the_first_lists(loaded: LoadedModel, text: str, build: BuildConfig) -> None:
+    """A vector is that of the unchunked pass at its place, and its list holds the best keys a window before it."""
+    context = prefill.encode(loaded, "d", text)
+    _cache, capture = run(loaded, context, build)
+    start, stop = index_range(len(context), build)
+    for layer, call in dense_calls(loaded, context).items():
+        n_kv = call.key.shape[1]
+        group = call.query.shape[1] // n_kv
+        positions = capture.sampled[capture.has_vector(group)]
+        lists, queries = capture.sample(layer, 0, n_kv)
+        n_vectors = min(build.sample_vectors // group, len(capture.sampled)) * group
+        assert queries.shape == (n_kv, n_vectors, call.query.shape[3])
+        for head in range(n_kv):
+            of_group = call.query[0, head * group : (head + 1) * group]
+            torch.testing.assert_close(queries[head], of_group[:, positions].flatten(0, 1), atol=1e-4, rtol=1e-4)
+            for row, position in enumerate(positions.repeat(group).tolist()):
+                visible = call.key[0, head, start : min(stop, position - build.window_tokens + 1)]
+                scores = visible @ queries[head, row]
+                found = lists[head, row][lists[head, row] >= 0].long()
+                best = scores.sort(descending=True).values[: build.query_top_k]
+                torch.testing.assert_close(scores[found], best, atol=1e-3, rtol=1e-4)
+        captured = capture.lists(layer, 0, n_kv)
+        for head in range(n_kv):
+            assert sorted(lists[head].tolist()) == sorted(captured[head].tolist())
+
+
+@pytest.mark.parametrize(
+    ("sample_vectors", "group", "expected"), [(50, 2, 25), (51, 2, 25), (1, 2, 0), (0, 1, 0), (10**6, 4, 296)]
+)
+def test_vectors_are_spread_evenly(sample_vectors: int, group: int, expected: int) -> None:
+    capture = PrefillCapture(
+        context_tokens=1000,
+        index_range=(4, 990),
+        window_tokens=10,
+        query_share=0.3,
+        top_k=4,
+        sample_vectors=sample_vectors,
+    )
+    rows = capture.has_vector(group).nonzero()[:, 0]
+    assert len(rows) == expected
+    if expected:
+        edges = torch.cat([-rows[:1] - 1, rows, 2 * len(capture.sampled) - rows[-1:]])
+        assert edges.diff().max() - edges.diff().min() <= 2
+
+
+@pytest.mark.parametrize("chunk", [1, 33, 4096])
+def test_chunk_size_does_not_change_the_sample(loaded: LoadedModel, text: str, chunk: int) -> None:
+    """Neither vectors nor lists, in their order; lists by score, as rounding may swap keys that score alike."""
+    text = text[:900] if chunk == 1 else text
+    context = prefill.encode(loaded, "d", text)
+    for build in (BUILD, SOME):
+        _, one = run(loaded, context, build)
+        cache, other = run(loaded, context, dataclasses.replace(build, prefill_chunk_tokens=chunk))
+        n_kv = loaded.geometry.n_kv_heads
+        for layer in range(loaded.geometry.n_layers):
+            (lists, queries), (other_lists, other_queries) = one.sample(layer, 0, n_kv), other.sample(layer, 0, n_kv)
+            assert 0 < queries.shape[1] <= build.sample_vectors
+            torch.testing.assert_close(queries, other_queries, atol=1e-4, rtol=1e-4)
+            assert torch.equal(lists < 0, other_lists < 0)
+            keys = cache.states(layer)[0][:, build.sink_tokens :]
+            scores = queries @ keys.transpose(1, 2)
+            mine, theirs = (
+                scores.gather(2, ids[:, : queries.shape[1]].clamp_min(0).long()) for ids in (lists, other_lists)
+            )
+            torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+            assert (lists == other_lists).double().mean() > 0.99  # also where the vector is not kept
+
+
+@pytest.mark.parametrize("build", [BUILD, SOME], ids=["all", "some"])
+def test_units_carry_everything_once(
+    loaded: LoadedModel, text: str, build: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split into single heads or whole layers: the same keys, values, lists and vectors."""
+    whole = list(prefill_units(loaded, "d", text, build))
+    head_bytes = sum(len(whole[1][name]) for name in ("keys", "values", "lists", "queries"))
+    monkeypatch.setattr(prefill, "MAX_UNIT_BYTES", 2 * head_bytes // loaded.geometry.n_kv_heads - 1)
+    single = list(prefill_units(loaded, "d", text, build))
     shape = loaded.geometry
     assert len(whole) == whole[0]["n_units"] == 1 + shape.n_layers
     assert len(single) == single[0]["n_units"] == 1 + shape.n_layers * shape.n_kv_heads
@@ -91,6 +180,13 @@ def test_units_carry_everything_once(loaded: LoadedModel, text: str, monkeypatch
             assert torch.equal(together, unit_tensor(unit[name], "bfloat16", shape.n_kv_heads, shape.head_dim))
         lists = np.concatenate([unit_array(p["lists"], np.int32) for p in parts])
         np.testing.assert_array_equal(lists, unit_array(unit["lists"], np.int32))
+        queries = np.concatenate([unit_array(p["queries"], np.float32) for p in parts])
+        np.testing.assert_array_equal(queries, unit_array(unit["queries"], np.float32))
+        n_vectors = len(queries) // (shape.n_kv_heads * shape.head_dim)
+        assert n_vectors <= build.sample_vectors
+        for head, part in enumerate(parts):
+            assert (part["head_start"], part["head_stop"]) == (head, head + 1)
+            assert len(unit_array(part["queries"], np.float32)) == n_vectors * shape.head_dim
 
 
 def test_blocks_are_ready_to_search(loaded: LoadedModel, text: str) -> None:
@@ -102,6 +198,70 @@ def test_blocks_are_ready_to_search(loaded: LoadedModel, text: str) -> None:
         assert block.neighbors.shape == (loaded.geometry.n_kv_heads, stop - start, BUILD.graph.degree)
         for head in range(loaded.geometry.n_kv_heads):
             assert not len(unreachable(block.neighbors[head], block.entries[head]))
+
+
+def sample_of(unit: Unit, build: BuildConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indexed keys, lists and vectors of a layer, each [heads, ...]."""
+    geometry = json.loads(unit["geometry"])
+    heads, dim = unit["head_stop"] - unit["head_start"], geometry["head_dim"]
+    start, stop = index_range(unit["context_tokens"], build)
+    keys = unit_tensor(unit["keys"], geometry["kv_dtype"], heads, dim)[:, start:stop].float().numpy()
+    lists = unit_array(unit["lists"], np.int32).reshape(heads, -1, build.query_top_k)
+    return np.ascontiguousarray(keys), lists, unit_array(unit["queries"], np.float32).reshape(heads, -1, dim)
+
+
+def test_graphs_are_made_of_lists_and_vectors_of_the_same_queries(loaded: LoadedModel, text: str) -> None:
+    """Also where a query saw no key of the index: its list and its vector go, and no other."""
+    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    keys, lists, queries = sample_of(unit, SOME)
+    assert 8 < len(queries[0]) < len(lists[0]) - 1
+    lists, empty = lists.copy(), [1, 7, len(lists[0]) - 1]
+    lists[:, empty] = -1
+    block = layer_block({**unit, "lists": lists.tobytes()}, SOME)
+    samples = [
+        QuerySample(np.delete(ranked, empty, axis=0), np.delete(vectors, empty[:2], axis=0))
+        for ranked, vectors in zip(lists, queries, strict=True)
+    ]
+    assert block.neighbors is not None
+    for neighbors, graph in zip(block.neighbors, build_layer(keys, samples, config=SOME.graph), strict=True):
+        np.testing.assert_array_equal(neighbors, graph.neighbors)
+
+
+def test_threads_do_not_change_graphs(loaded: LoadedModel, text: str) -> None:
+    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    one, two = layer_block(unit, SOME), layer_block(unit, SOME, threads=2)
+    assert one.neighbors is not None
+    assert two.neighbors is not None
+    np.testing.assert_array_equal(one.neighbors, two.neighbors)
+
+
+def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None:
+    """No vector travels, another graph under another fingerprint comes out, and it answers."""
+    bare = dataclasses.replace(BUILD, sample_vectors=0)
+    units = list(prefill_units(loaded, "d", text, bare))
+    assert all(unit["queries"] == b"" for unit in units)
+    plain, aligned = layer_block(units[1], bare), layer_block(list(prefill_units(loaded, "d", text, BUILD))[1], BUILD)
+    assert aligned.neighbors is not None
+    assert plain.neighbors is not None
+    assert (aligned.neighbors != plain.neighbors).any()
+    fingerprints = {fingerprint_of(index_fields(loaded.config, build)) for build in (BUILD, SOME, bare)}
+    assert len(fingerprints) == 3
+    store = new_store(tmp_path)
+    manifest = store_document(loaded, store, text, bare)
+    assert verify(store) == []
+    context = open_context(store, manifest, loaded, Recipe())
+    questions = [{"question_id": "q", "question": "What?"}]
+    row = answer_batch(context, questions, Recipe(), GenerationSettings(max_new_tokens=4))[0]
+    assert row["status"] == "ok", row["reason"]
+
+
+def test_a_prefill_that_overflowed_is_named(loaded: LoadedModel, text: str) -> None:
+    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    for name, dtype in (("queries", torch.float32), ("keys", torch.bfloat16)):
+        states = torch.frombuffer(bytearray(unit[name]), dtype=dtype).clone()
+        states[len(states) // 3] = torch.inf  # not in the static set
+        with pytest.raises(KeysError, match="overflowed"):
+            layer_block({**unit, name: states.view(torch.uint8).numpy().tobytes()}, SOME)
 
 
 @pytest.mark.parametrize("n_words", [1, 3, 60])

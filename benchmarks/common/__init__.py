@@ -1,0 +1,1 @@
+"""What the index benchmarks share: vectors with their exact top-k, measures of a result, timing, the plot."""
