@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ def to_table(
     """
     fields, data = [], []
     for name, array in columns.items():
-        rows = np.ascontiguousarray(array).reshape(array.shape[0] * array.shape[1], -1)
+        rows = np.ascontiguousarray(array).reshape(array.shape[0] * array.shape[1], int(np.prod(array.shape[2:])))
         width = rows.shape[1] * rows.itemsize
         kind = {b"dtype": array.dtype.str.encode(), b"shape": json.dumps(array.shape[2:]).encode()}
         fields.append(pa.field(name, pa.binary(width), nullable=False, metadata=kind))
@@ -47,7 +48,7 @@ def to_table(
 
 
 def from_table(table: pa.Table, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `to_table` was given; arrays are read-only views where the table is in one piece.
+    """What `to_table` was given; arrays are views where the table is in one piece: not to be written to.
 
     Raises:
         IntegrityError: The table is of no index, of another kind, or does not hold what it says.
@@ -66,7 +67,7 @@ def from_table(table: pa.Table, kind: str) -> tuple[dict[str, Any], dict[str, np
             for name, value in metadata.items()
             if name.startswith(_ARRAY)
         }
-    except (KeyError, TypeError, ValueError, EOFError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, EOFError, BadZipFile) as error:
         raise IntegrityError("index table", str(table.schema)[:80], f"is no key index: {error}") from error
     return settings, columns, arrays
 
@@ -77,6 +78,8 @@ def _column(table: pa.Table, field: pa.Field, n_heads: int, n_keys: int) -> np.n
         column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else None
     )
     dtype, shape = np.dtype(field.metadata[b"dtype"].decode()), tuple(json.loads(field.metadata[b"shape"]))
+    if column.null_count:
+        raise ValueError(f"column {field.name} has empty cells")
     if dtype.hasobject or field.type.byte_width != dtype.itemsize * int(np.prod(shape)):
         raise ValueError(f"column {field.name} is not {dtype}{shape}")
     if chunk is None or len(chunk) == 0:

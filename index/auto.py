@@ -27,6 +27,7 @@ from rabatch.index.base import (
     check_keys,
     check_queries,
     check_samples,
+    check_saved_keys,
     empty_result,
 )
 from rabatch.index.codes import Dtype
@@ -173,7 +174,7 @@ class AutoIndex:
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
     ) -> SearchResult:
         """See `KeyIndex.search`. `effort`: candidates kept by graphs; scans re-rank twice as many."""
-        check_queries(queries, self.n_heads, queries.shape[2], k=k)
+        check_queries(queries, self.n_heads, queries.shape[-1], k=k, effort=effort, beta=beta)
         result = empty_result(self.n_heads, queries.shape[1], k)
         for group in self._groups:
             wanted = max(effort * (2 if group.index.kind == "scan" else 1) or group.effort, k)
@@ -217,6 +218,7 @@ class AutoIndex:
     def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
         """See `KeyIndex.from_arrow`."""
         settings, columns, arrays = from_table(table, cls.kind)
+        check_saved_keys(keys, settings["n_heads"], settings["n_keys"])
         groups = []
         try:
             for number, saved in enumerate(settings["groups"]):

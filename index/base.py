@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rabatch.errors import ConfigError, KeysError
+from rabatch.errors import ConfigError, IntegrityError, KeysError
+
+_MAX_KEY = 1e18  # beyond, scores overflow float32
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,17 @@ def check_keys(keys: NDArray[np.float32], *, n_heads: int = 0, head_dim: int = 0
     if (n_heads and keys.shape[0] != n_heads) or (head_dim and keys.shape[2] != head_dim):
         raise KeysError("keys", keys.shape, f"must have {n_heads} KV heads of head_dim {head_dim}")
     for head, vectors in enumerate(keys):
-        # A sum over float32 is finite only if every key is; an overflow of large ones is looked at closely below.
-        if not np.isfinite(vectors.sum(dtype=np.float64)):
-            row, column = np.argwhere(~np.isfinite(vectors))[0]
-            raise KeysError(
-                f"keys: KV head {head}, key {row}",
-                float(vectors[row, column]),
-                "must be finite; the prefill overflowed",
-            )
+        if vectors.size and not max(float(vectors.max()), -float(vectors.min())) < _MAX_KEY:  # NaN is not less
+            row, column = np.argwhere(~(np.abs(vectors) < _MAX_KEY))[0]
+            value = float(vectors[row, column])
+            raise KeysError(f"keys: KV head {head}, key {row}", value, "must be finite; the prefill overflowed")
+
+
+def check_saved_keys(keys: NDArray[np.float32], n_heads: int, n_keys: int) -> None:
+    """Raise IntegrityError unless `keys` can be those that a saved index was made of."""
+    check_keys(keys)
+    if keys.shape[:2] != (n_heads, n_keys):
+        raise IntegrityError("keys", keys.shape, f"the saved index has {n_heads} heads of {n_keys} keys: not its keys")
 
 
 def check_samples(samples: Sequence[QuerySample], n_heads: int, n_keys: int, head_dim: int) -> None:
@@ -171,14 +176,26 @@ def check_samples(samples: Sequence[QuerySample], n_heads: int, n_keys: int, hea
             raise KeysError(f"queries: KV head {head}", "not finite", "must be finite; the prefill overflowed")
 
 
-def check_queries(queries: NDArray[np.float32], n_heads: int, head_dim: int, *, k: int) -> None:
-    """Raise KeysError unless `queries` is float32 [n_heads, n_queries, head_dim] and `k` is at least 1."""
+def check_queries(
+    queries: NDArray[np.float32],
+    n_heads: int,
+    head_dim: int,
+    *,
+    k: int,
+    effort: int = 0,
+    beta: NDArray[np.float32] | None = None,
+) -> None:
+    """Raise KeysError or ConfigError unless these are arguments for a search of `n_heads` of `head_dim`."""
     if queries.ndim != 3 or queries.dtype != np.float32 or queries.shape[::2] != (n_heads, head_dim):
         raise KeysError(
             "queries", (queries.shape, str(queries.dtype)), f"must be float32 [{n_heads}, n_queries, {head_dim}]"
         )
     if k < 1:
         raise ConfigError("k", k, "must be >= 1")
+    if effort < 0:
+        raise ConfigError("effort", effort, "must be >= 0; 0 is the index's default")
+    if beta is not None and (beta.shape != (n_heads,) or not (beta >= 0).all()):
+        raise ConfigError("beta", beta, f"must be {n_heads} numbers >= 0, one per KV head")
 
 
 def apply_beta(result: SearchResult, beta: NDArray[np.float32] | None) -> SearchResult:

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from rabatch.errors import ConfigError, KeysError
 from rabatch.index.base import check_keys
-from rabatch.index.compiled import compiled, read_only, run_ranges
-from rabatch.index.machine import dot
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16", "int8")
+_CLIPPED = 1.1  # how far beyond the scale, in its own reach, an appended key is clipped
 _ARRAYS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.uint16, "int8": np.int8}
 
 
@@ -63,19 +62,6 @@ class KeyCodes:
             return queries, np.zeros(queries.shape[:2], np.float32)
         return queries * self.scale[:, None], np.einsum("hqd,hd->hq", queries, self.center)
 
-    def scores(self, queries: NDArray[np.float32], ids: NDArray[np.int32], *, threads: int = 1) -> NDArray[np.float32]:
-        """Raw scores [n_kv_heads, n_queries, m] of keys by id [n_kv_heads, n_queries, m], int32; -inf where -1."""
-        prepared, offset = self.prepare(queries)
-        out = np.full(ids.shape, -np.inf, np.float32)
-        inputs = [read_only(a) for a in (self.codes, prepared, offset, ids)]
-        half = self.dtype == "float16"
-
-        def score(start: int, stop: int) -> None:
-            _score_range(*inputs, half, start, stop, out)
-
-        run_ranges(score, ids.shape[0] * ids.shape[1], threads=threads)
-        return out
-
     def decode(self) -> NDArray[np.float32]:
         """The keys, [n_kv_heads, n_keys, head_dim], float32: a copy unless they are float32."""
         if self.dtype == "float32":
@@ -102,9 +88,19 @@ class KeyCodes:
         return KeyCodes(self.dtype, self.codes[one, ids], scale, center).decode()[0]
 
     def append(self, keys: NDArray[np.float32]) -> KeyCodes:
-        """With more keys [n_kv_heads, n_new, head_dim], float32; int8 keeps its scale, and clips what is beyond it."""
+        """With more keys [n_kv_heads, n_new, head_dim], float32.
+
+        int8 keeps its scale and clips what lies little beyond it. Where a channel reaches further, all is encoded
+        anew, at the cost of a second rounding.
+        """
         check_keys(keys, n_heads=self.shape[0], head_dim=self.shape[2])
-        more = _quantise(keys, self.scale, self.center) if self.dtype == "int8" else encode(keys, self.dtype).codes
+        if self.scale is None or self.center is None:
+            more = encode(keys, self.dtype).codes
+        else:
+            reach = np.abs(keys - self.center[:, None]).max(axis=1, initial=0.0)
+            if (reach > (127 * _CLIPPED) * self.scale).any():
+                return encode(np.concatenate([self.decode(), keys], axis=1), "int8")
+            more = _quantise(keys, self.scale, self.center)
         return KeyCodes(self.dtype, np.concatenate([self.codes, more], axis=1), self.scale, self.center)
 
 
@@ -118,10 +114,10 @@ def encode(keys: NDArray[np.float32], dtype: Dtype = "float32") -> KeyCodes:
         KeysError: Keys that are not finite, or too large for float16.
     """
     check_keys(keys)
-    if dtype == "float32":
+    if dtype == "float32" or dtype not in DTYPES:  # KeyCodes refuses what it does not know
         return KeyCodes(dtype, keys)
     if dtype == "float16":
-        if keys.size and float(np.abs(keys).max()) > np.finfo(np.float16).max:
+        if keys.size and float(np.abs(keys).max()) > float(np.finfo(np.float16).max):
             head, row, _ = np.unravel_index(np.abs(keys).argmax(), keys.shape)
             fix = "is beyond float16; use bfloat16 or int8"
             raise KeysError(f"keys: KV head {head}, key {row}", float(np.abs(keys).max()), fix)
@@ -139,19 +135,5 @@ def encode(keys: NDArray[np.float32], dtype: Dtype = "float32") -> KeyCodes:
     return KeyCodes("int8", _quantise(keys, scale, center), scale, center)
 
 
-def _quantise(
-    keys: NDArray[np.float32], scale: NDArray[np.float32] | None, center: NDArray[np.float32] | None
-) -> NDArray[np.int8]:
-    assert scale is not None
-    assert center is not None
+def _quantise(keys: NDArray[np.float32], scale: NDArray[np.float32], center: NDArray[np.float32]) -> NDArray[np.int8]:
     return np.clip(np.rint((keys - center[:, None]) / scale[:, None]), -127, 127).astype(np.int8)
-
-
-@compiled
-def _score_range(codes, queries, offset, ids, half, start, stop, out):  # type: ignore[no-untyped-def]
-    n_queries = queries.shape[1]
-    for item in range(start, stop):
-        head, row = item // n_queries, item % n_queries
-        for j in range(ids.shape[2]):
-            if ids[head, row, j] >= 0:
-                out[head, row, j] = dot(codes, head, ids[head, row, j], queries[head, row], half) + offset[head, row]

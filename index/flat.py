@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from rabatch.index.arrow import from_table, to_table
-from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, empty_result
+from rabatch.index.base import (
+    QuerySample,
+    SearchResult,
+    apply_beta,
+    check_keys,
+    check_queries,
+    check_saved_keys,
+    empty_result,
+)
 from rabatch.index.topk.blocked import merge_topk
 
 _MAX_BLOCK_SCORES = 1 << 22  # float32 scores held at once: 16 MiB
@@ -64,8 +72,8 @@ class FlatIndex:
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
     ) -> SearchResult:
         """See `KeyIndex.search`; `visited` is always `n_keys`, and `effort` means nothing."""
+        check_queries(queries, self.n_heads, int(self._keys.shape[2]), k=k, effort=effort, beta=beta)
         n_kv, n_queries, _ = queries.shape
-        check_queries(queries, self.n_heads, int(self._keys.shape[2]), k=k)
         result = empty_result(n_kv, n_queries, k)
         result.visited[:] = result.distances[:] = self.n_keys
         found = min(k, self.n_keys)
@@ -94,5 +102,6 @@ class FlatIndex:
     @classmethod
     def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
         """See `KeyIndex.from_arrow`."""
-        from_table(table, cls.kind)
+        settings, _, _ = from_table(table, cls.kind)
+        check_saved_keys(keys, settings["n_heads"], settings["n_keys"])
         return cls(keys)

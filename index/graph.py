@@ -13,7 +13,15 @@ from rabatch.config import GraphConfig
 from rabatch.errors import ConfigError, IntegrityError
 from rabatch.index.alignment import align
 from rabatch.index.arrow import from_table, to_table
-from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, check_samples
+from rabatch.index.base import (
+    QuerySample,
+    SearchResult,
+    apply_beta,
+    check_keys,
+    check_queries,
+    check_samples,
+    check_saved_keys,
+)
 from rabatch.index.codes import Dtype, KeyCodes, encode
 from rabatch.index.compiled import read_only, run_ranges
 from rabatch.index.flat import FlatIndex
@@ -125,7 +133,7 @@ class GraphIndex:
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
     ) -> SearchResult:
         """See `KeyIndex.search`. `effort` is the number of candidates kept; with `beta`, that are followed at least."""
-        check_queries(queries, self.n_heads, self.keys.shape[2], k=k)
+        check_queries(queries, self.n_heads, self.keys.shape[2], k=k, effort=effort, beta=beta)
         if effort == 0:
             effort = self._search_list or (2 * k if beta is None else _FLOOR)
         if max(effort, k if beta is None else 0) >= self.n_keys:
@@ -210,6 +218,7 @@ class GraphIndex:
     def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
         """See `KeyIndex.from_arrow`."""
         settings, columns, arrays = from_table(table, cls.kind)
+        check_saved_keys(keys, settings["n_heads"], settings["n_keys"])
         try:
             if settings["dtype"] == "int8":
                 codes = KeyCodes("int8", columns["code"], arrays["scale"], arrays["center"])

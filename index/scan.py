@@ -32,6 +32,7 @@ from rabatch.index.base import (
     check_keys,
     check_queries,
     check_samples,
+    check_saved_keys,
     empty_result,
 )
 from rabatch.index.codes import Dtype, KeyCodes, encode
@@ -55,7 +56,8 @@ class ScanIndex:
         keys: Whose scores count.
         codes: [n_kv_heads, n_keys, head_dim / 4 rounded up], uint8: two codes of 4 bits a byte, lower half first.
         books: [n_kv_heads, n_codes, 16, 2], float32, aligned.
-        exceptions: [n_kv_heads, n_exceptions], int32, ids of keys scored exactly for every query.
+        exceptions: [n_kv_heads, n_exceptions], int32, ids of keys scored exactly for every query; -1 for none. None
+            at all: the index was built of too few keys to learn codes from, and every search is exact.
         alignments: One per KV head.
         threads: Threads of one search.
     """
@@ -85,7 +87,7 @@ class ScanIndex:
         self.keys, self.codes, self.books, self.exceptions = keys, codes, books, exceptions
         self.alignments, self.threads = tuple(alignments), threads
         self._flat: FlatIndex | None = None  # made when a search first has the full budget
-        self._native = [opened(*pair) for pair in zip(codes, books, strict=True)] if n_keys >= MIN_KEYS else []
+        self._native = [opened(*pair) for pair in zip(codes, books, strict=True)] if (exceptions >= 0).any() else []
         self._is_exception = np.zeros((n_heads, n_keys), np.bool_)
         for head, ids in enumerate(exceptions):
             self._is_exception[head, ids[ids >= 0]] = True
@@ -153,7 +155,7 @@ class ScanIndex:
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
     ) -> SearchResult:
         """See `KeyIndex.search`. `effort`: keys scored exactly beside the exceptions; by default 4 x k."""
-        check_queries(queries, self.n_heads, self.keys.shape[2], k=k)
+        check_queries(queries, self.n_heads, self.keys.shape[2], k=k, effort=effort, beta=beta)
         effort = max(effort or 4 * k, k)
         if effort >= self.n_keys or not self._native:
             self._flat = self._flat or FlatIndex(self.keys.decode())
@@ -179,7 +181,15 @@ class ScanIndex:
         finally:
             faiss.omp_set_num_threads(before)
         found.visited[:] = found.distances[:] = self.n_keys
-        return apply_beta(rerank(found, self.keys, queries, k=k, threads=self.threads), beta)
+        found = rerank(found, self.keys, queries, k=k, threads=self.threads)
+        lost = (found.ids[:, :, -1] < 0).any(axis=0)
+        if lost.any():
+            # Codes that are all alike, for a query of zeros or identical keys, leave faiss without a best.
+            self._flat = self._flat or FlatIndex(self.keys.decode())
+            exact = self._flat.search(np.ascontiguousarray(queries[:, lost]), k=k)
+            for name, array in vars(exact).items():
+                getattr(found, name)[:, lost] = array
+        return apply_beta(found, beta)
 
     def select(self, heads: list[int]) -> Self:
         """The index of some of its KV heads."""
@@ -231,6 +241,7 @@ class ScanIndex:
     def from_arrow(cls, table: pa.Table, keys: NDArray[np.float32], *, threads: int = 1) -> Self:
         """See `KeyIndex.from_arrow`."""
         settings, columns, arrays = from_table(table, cls.kind)
+        check_saved_keys(keys, settings["n_heads"], settings["n_keys"])
         try:
             alignments = [
                 Alignment(*a) for a in zip(arrays["center"], arrays["to_key"], arrays["to_query"], strict=True)
@@ -268,7 +279,7 @@ def code_errors(
     aligned: NDArray[np.float32], codes: NDArray[np.uint8], books: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Squared distance of each key to what its codes say, [n_keys], float32."""
-    words = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)[:, : len(books)]
+    words = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * codes.shape[1])[:, : len(books)]
     errors = np.zeros(len(codes), np.float32)
     for number, book in enumerate(books):
         part = aligned[:, number * DIMS_PER_CODE : (number + 1) * DIMS_PER_CODE]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import faiss
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from rabatch.errors import ConfigError, IntegrityError, KeysError
 from rabatch.index.arrow import from_table, to_table
 from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, check_samples
-from rabatch.index.compiled import compiled, read_only, run_ranges
+from rabatch.index.codes import encode
+from rabatch.index.compiled import run_ranges
 from rabatch.index.flat import FlatIndex
+from rabatch.index.rerank import rerank
 
 # Below, nothing is built and every search is exact: a scan is sooner done, and faiss trains and links on too little.
 MIN_KEYS = 256
@@ -35,27 +38,6 @@ def one_faiss_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-@compiled
-def _score_range(keys, queries, candidates, start, stop, ids, scores):  # type: ignore[no-untyped-def]
-    n_queries, dim = queries.shape[1], keys.shape[2]
-    k = ids.shape[2]
-    found = np.empty(candidates.shape[2], np.float32)
-    for item in range(start, stop):
-        head, row = item // n_queries, item % n_queries
-        listed = candidates[head, row]
-        for j in range(len(listed)):
-            score = np.float32(0.0)
-            if listed[j] >= 0:
-                for t in range(dim):
-                    score += keys[head, listed[j], t] * queries[head, row, t]
-            found[j] = score if listed[j] >= 0 else -np.inf
-        place = 0
-        for j in np.argsort(-found, kind="mergesort"):
-            if place < k and listed[j] >= 0:
-                ids[head, row, place], scores[head, row, place] = listed[j], found[j]
-                place += 1
-
-
 def score_candidates(
     keys: NDArray[np.float32],
     queries: NDArray[np.float32],
@@ -65,12 +47,9 @@ def score_candidates(
     threads: int,
 ) -> None:
     """Fill `result` with the best of `candidates` [n_kv_heads, n_queries, n], by their exact scores; -1 is skipped."""
-    arrays = [read_only(a) for a in (keys, queries, candidates)]
-
-    def score(start: int, stop: int) -> None:
-        _score_range(*arrays, start, stop, result.ids, result.scores)
-
-    run_ranges(score, queries.shape[0] * queries.shape[1], threads=threads)
+    listed = replace(result, ids=candidates.astype(np.int32))
+    found = rerank(listed, encode(keys), queries, k=result.ids.shape[2], threads=threads)
+    result.ids[:], result.scores[:] = found.ids, found.scores
 
 
 class Baseline:

@@ -57,7 +57,8 @@ def through_chunks(table, tmp_path):
 
 
 def through_slice(table, tmp_path):
-    return pa.concat_tables([table, table, table]).combine_chunks().slice(len(table), len(table))
+    backwards = table.take(np.arange(len(table))[::-1])
+    return pa.concat_tables([backwards, table, backwards]).combine_chunks().slice(len(table), len(table))
 
 
 def through_sliced_chunks(table, tmp_path):

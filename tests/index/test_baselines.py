@@ -299,7 +299,7 @@ def test_damaged_tables_are_refused(built, layer):
 
 
 def test_sampled_queries_improve_vamana():
-    """Queries that blend clusters of keys; those of `attention_vectors` ask for one or two, and it finds them anyway."""
+    """Queries that blend clusters of keys; what those of `attention_vectors` want is found either way."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((16, 64)) / 4
     centers = rng.standard_normal((96, 16)) * rng.gamma(2.0, 0.5, (96, 1))

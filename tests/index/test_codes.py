@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 
 from rabatch.errors import ConfigError, KeysError
 from rabatch.index.codes import DTYPES, KeyCodes, encode
-from rabatch.index.compiled import compiled
 from rabatch.index.machine import dot
 
 EPSILON = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # largest relative rounding error
@@ -49,7 +49,7 @@ def test_encoding_twice_changes_nothing(dtype):
 
 
 @settings(max_examples=60, deadline=None)
-@given(keys=arrays(np.float32, (1, 5, 3), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
+@given(keys=arrays(np.float32, (1, 5, 3), elements=st.floats(-(2.0**59), 2.0**59, width=32)))
 def test_bfloat16_is_that_of_torch(keys):
     expected = torch.from_numpy(keys).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(encode(keys, "bfloat16").codes, expected)
@@ -89,26 +89,6 @@ def test_a_constant_channel_is_kept_exactly_by_int8(value):
     np.testing.assert_allclose(decoded[:, :, 2], np.float32(value), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 7, 3), (3, 50, 65, 2)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_scores_are_those_of_the_decoded_keys(dtype, shape, threads):
-    n_heads, n_keys, dim, n_queries = shape
-    codes = encode(random_keys(n_heads, n_keys, dim), dtype)
-    rng = np.random.default_rng(1)
-    queries = rng.standard_normal((n_heads, n_queries, dim)).astype(np.float32)
-    ids = rng.integers(-1, n_keys, (n_heads, n_queries, 9)).astype(np.int32)
-    ids[:, :, 4] = -1
-    scores = codes.scores(queries, ids, threads=threads)
-    decoded = codes.decode().astype(np.float64)
-    everything = np.einsum("hqd,hkd->hqk", queries, decoded)
-    size = np.einsum("hqd,hkd->hqk", np.abs(queries), np.abs(decoded)).max()
-    expected = np.where(ids >= 0, np.take_along_axis(everything, np.maximum(ids, 0).astype(int), 2), -np.inf)
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 * size * 4)
-    assert scores.dtype == np.float32
-    assert (np.isneginf(scores) == (ids < 0)).all()
-
-
 @pytest.mark.parametrize("split", [0, 1, 20, 37])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_appended_equals_encoded_together(dtype, split):
@@ -118,17 +98,25 @@ def test_appended_equals_encoded_together(dtype, split):
     assert grown.shape == keys.shape
 
 
-def test_appended_to_int8_is_clipped_to_the_first_keys():
+def test_appended_to_int8_little_beyond_its_scale_is_clipped():
     keys = random_keys(n_keys=200)
     codes = encode(keys, "int8")
     low, high = keys.min(axis=1), keys.max(axis=1)
-    beyond = np.stack([high + 10 * (high - low), low - 10 * (high - low), (low + high) / 2], axis=1)
+    beyond = np.stack([high + 0.04 * (high - low), low - 0.04 * (high - low), (low + high) / 2], axis=1)
     grown = codes.append(beyond)
     assert grown.codes[:, 200:].tolist() == [[[127] * 7, [-127] * 7, [0] * 7]] * 2
     np.testing.assert_array_equal(grown.codes[:, :200], codes.codes)
     np.testing.assert_array_equal(grown.scale, codes.scale)
-    within = grown.append(keys[:, :9])
-    np.testing.assert_array_equal(within.codes[:, 203:], codes.codes[:, :9])
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 20])
+def test_int8_that_is_outgrown_gets_a_new_scale(start):
+    keys = random_keys(n_keys=200)
+    grown, whole = encode(keys[:, :start], "int8").append(keys[:, start:]), encode(keys, "int8")
+    assert grown.scale.shape == whole.scale.shape
+    error = np.abs(grown.decode() - keys).max(axis=1)
+    assert (error <= 1.6 * whole.scale + 0.1 * np.abs(keys).max(axis=1)).all()
+    assert np.median(np.abs(grown.decode() - keys) / whole.scale[:, None]) <= 0.5
 
 
 def test_bytes_per_key():
@@ -161,7 +149,7 @@ def test_both_infinities_in_one_head_are_found():
 def test_keys_beyond_float16_are_named():
     keys = random_keys()
     keys[1, 6, 2] = -70000
-    with pytest.raises(KeysError, match="KV head 1, key 6.*use bfloat16 or int8"):
+    with pytest.raises(KeysError, match=r"KV head 1, key 6.*use bfloat16 or int8"):
         encode(keys, "float16")
     assert np.isfinite(encode(keys, "bfloat16").decode()).all()
 
@@ -210,7 +198,7 @@ def test_encoding_to_an_unknown_dtype_is_refused():
         encode(random_keys(), "float8")
 
 
-@compiled
+@numba.njit  # not cached: numba would not notice a change of `dot`
 def _dots(codes, query, half, out):
     for head in range(codes.shape[0]):
         for key in range(codes.shape[1]):

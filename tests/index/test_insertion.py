@@ -12,6 +12,7 @@ from rabatch.errors import ConfigError, KeysError
 from rabatch.index.base import QuerySample
 from rabatch.index.flat import FlatIndex
 from rabatch.index.graph import GraphIndex
+from rabatch.index.insertion import Growing
 from rabatch.index.links import unreachable
 
 CONFIG = GraphConfig(degree=8, key_neighbors=3, entry_points=4)
@@ -42,7 +43,7 @@ def grown(keys, stops, **options):
 
 
 def assert_sound(index):
-    """Every key can be reached, links are of other keys and (except where the docs allow none) no key twice."""
+    """Every key can be reached, is linked to the keys before and after it, and never to itself."""
     n_keys = index.n_keys
     assert index.neighbors.shape[:2] == (index.n_heads, n_keys)
     for neighbors, entries in zip(index.neighbors, index.entries, strict=True):
@@ -96,13 +97,16 @@ def test_batches_do_not_matter(options):
     whole, halves = grown(keys, (90, 200), **options), grown(keys, (90, 145, 200), **options)
     single = grown(keys, (90, *range(91, 201)), **options)
     queries = random_keys(20, seed=5)
-    expected = FlatIndex(whole.keys.decode() if whole.exact is None else keys).search(queries, k=200)
     for index in (whole, halves, single):
+        expected = FlatIndex(index.keys.decode() if index.exact is None else keys).search(queries, k=200)
         full = index.search(queries, k=200, effort=200)
         np.testing.assert_allclose(full.scores, expected.scores, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(index.keys.codes, whole.keys.codes)
+        if index.keys.dtype == "int8":  # its scale grows with the keys, and what lies a tenth beyond is clipped
+            np.testing.assert_allclose(index.keys.decode(), whole.keys.decode(), atol=14 * index.keys.scale.max())
+        else:
+            np.testing.assert_array_equal(index.keys.codes, whole.keys.codes)
         # Scores of several keys at once may round otherwise than one by one, and a link in a hundred fall otherwise.
-        assert (index.neighbors == whole.neighbors).mean() > 0.98
+        assert (index.neighbors == whole.neighbors).mean() > (0.5 if index.keys.dtype == "int8" else 0.98)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -136,18 +140,29 @@ def test_held_out_queries_find_old_and_new_keys(attention, options):
     keys, sampled, tested = attention
     samples = samples_of(sampled, keys[:, :2000])
     index = GraphIndex.build(keys[:, :2000], samples, **options)
-    truth = top_lists(tested[0], keys[0], 10)
-    new = truth >= 2000
-    assert 0.1 < new.mean() < 0.5
     for start in range(2000, 2500, 50):
         index.insert(keys[:, start : start + 50])
-    found = index.search(tested, k=10, effort=64)
+    scored = (index.exact or index.keys).decode()
+    truth = top_lists(tested[0], scored[0], 10)
+    new = truth >= 2000
+    found = index.search(tested, k=10, effort=24)
+    assert 0.1 < new.mean() < 0.5
     hits = (found.ids[0][:, :, None] == truth[:, None, :]).any(axis=1)
-    assert hits[~new].mean() >= 0.9
-    assert hits[new].mean() >= 0.8
-    assert found.visited.mean() < 0.3 * 2500
-    rebuilt = GraphIndex.build(keys, samples_of(sampled, keys), **options).search(tested, k=10, effort=64)
+    assert hits[~new].mean() >= 0.95
+    assert hits[new].mean() >= 0.9
+    assert found.visited.mean() < 0.15 * 2500
+    rebuilt = GraphIndex.build(keys, samples_of(sampled, keys), **options).search(tested, k=10, effort=24)
     assert recall(found.ids[0], truth) >= recall(rebuilt.ids[0], truth) - 0.05
+
+
+@pytest.mark.parametrize("length", [1, 5, 100])
+def test_the_lists_of_the_samples_learn_of_new_keys(length):
+    keys, queries = random_keys(90)[0], random_keys(40, seed=1)[0]
+    growing = Growing(QuerySample(top_lists(queries, keys[:30], length), queries), keys[:30])
+    neighbors = np.full((90, 8), -1, np.int32)
+    growing.insert(keys[30:50], neighbors[:50])
+    growing.insert(keys[50:], neighbors)
+    np.testing.assert_array_equal(growing._topk, top_lists(queries, keys, length))
 
 
 def test_a_saved_index_grows_too(attention):

@@ -15,8 +15,8 @@ from index_samples import samples_of
 from rabatch.config import GraphConfig
 from rabatch.errors import ConfigError, KeysError, RabatchError
 from rabatch.index import scan
-from rabatch.index.auto import AutoIndex
-from rabatch.index.base import KeyIndex, QuerySample
+from rabatch.index.auto import AutoIndex, Choice, _Group
+from rabatch.index.base import KeyIndex, QuerySample, check_keys, check_samples
 from rabatch.index.flat import FlatIndex
 from rabatch.index.graph import GraphIndex
 from rabatch.index.scan import ScanIndex
@@ -36,6 +36,19 @@ class Kind:
         return self.type.build(keys, samples, **self.options, **options)
 
 
+class Mixed(Kind):
+    """An auto index with the heads divided among all kinds, the last head first."""
+
+    def build(self, keys, samples, **options):
+        check_keys(keys)
+        check_samples(samples, *keys.shape)
+        groups = []
+        for head in reversed(range(len(keys))):
+            kind = (GraphIndex, ScanIndex, FlatIndex)[head]
+            groups.append(_Group([head], 6, kind.build(keys[head : head + 1], samples[head : head + 1], **options)))
+        return AutoIndex(groups, [Choice(group.index.kind, 6, 1.0, 1.0, 0.0) for group in reversed(groups)])
+
+
 KINDS = {
     "flat": Kind(FlatIndex),
     "graph-float32": Kind(GraphIndex, {"config": CONFIG}),
@@ -45,6 +58,7 @@ KINDS = {
     "scan-float32": Kind(ScanIndex),
     "scan-bfloat16": Kind(ScanIndex, {"dtype": "bfloat16"}, "bfloat16"),
     "auto": Kind(AutoIndex, {"config": CONFIG, "k": 4, "probes": 5, "mass": 0.6, "worst": 0.2}),
+    "auto-mixed": Mixed(AutoIndex),
     "auto-strict": Kind(AutoIndex, {"config": CONFIG, "k": 3, "probes": 9}),
 }
 all_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -95,7 +109,10 @@ def tolerance(kind, keys, queries):
     """How far a score may be from that of the float32 key, [n_heads, n_queries, 1]."""
     if keys.shape[1] == 0:
         return np.zeros((*queries.shape[:2], 1))
-    size = np.linalg.norm(queries, axis=2)[:, :, None] * np.linalg.norm(keys, axis=2).max(axis=1)[:, None, None]
+    size = (
+        np.linalg.norm(queries.astype(np.float64), axis=2)[:, :, None]
+        * np.linalg.norm(keys, axis=2).max(axis=1)[:, None, None]
+    )
     bound = 4 * np.finfo(np.float32).eps * size
     if kind.scores == "bfloat16":
         bound += 2.0**-8 * size
@@ -241,11 +258,10 @@ def test_threads_change_nothing(kind, layer, k, effort):
 
 @all_kinds
 @quick
-@given(layer=layers, k=ks, effort=efforts, beta=st.sampled_from([0.0, 0.5, 3.0, 1e6]))
+@given(layer=layers, k=ks, effort=efforts, beta=st.sampled_from([0.0, 0.7, 2.0, 1e6]))
 def test_beta_cuts_what_scores_too_little(kind, layer, k, effort, beta):
     index = kind.build(layer.keys, layer.samples)
-    betas = np.full(len(layer.keys), beta, np.float32)
-    betas[-1] = 2 * beta
+    betas = beta * np.arange(1, len(layer.keys) + 1, dtype=np.float32)
     result = index.search(layer.queries, k=k, effort=effort, beta=betas)
     check_result(result, layer.keys, layer.queries, k, tolerance(kind, layer.keys, layer.queries))
     found = result.ids >= 0
