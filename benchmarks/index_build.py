@@ -253,7 +253,7 @@ def main() -> None:
     heads = [next(synthetic_heads(n_keys, 256, sharpness=(2.0,), cache=arguments.cache))]
     heads.append(heads[0].stressed())
     build_rows = [row for head in heads for row in builds(head, arguments.threads, vamana=True)]
-    link_rows = [row for head in heads for row in links(head, arguments.threads)]
+    link_rows = links(heads[0], arguments.threads)
     base, new = (1024, 500) if arguments.quick else (8192, 2000)
     step_s = decode_step_seconds(base + new, arguments.threads)
     grown = insertion(base, new, arguments.cache, arguments.threads, step_s)

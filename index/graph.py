@@ -30,6 +30,7 @@ from rabatch.index.links import Graph, build_graph
 from rabatch.index.rerank import rerank
 from rabatch.index.search import search_graph
 
+_SPARE = 16  # candidates scored again beyond a quarter more than k: an int8 score is off by less than their ranks
 _FLOOR = 64  # candidates followed at least when `beta` ends a search
 
 
@@ -145,7 +146,7 @@ class GraphIndex:
             self.neighbors,
             self.entries,
             queries,
-            k=k if self.exact is None else max(k, effort),
+            k=k if self.exact is None else k + max(k // 4, _SPARE),
             search_list=effort,
             beta=beta,
             threads=self.threads,

@@ -80,3 +80,29 @@ def _dot(codes, head, key, query, half):  # type: ignore[no-untyped-def]
         return total
 
     return bits
+
+
+def add_scaled(out: np.ndarray, codes: np.ndarray, head: int, key: int, weight: float, half: bool) -> None:
+    """Add `weight` times `codes[head, key]` to `out`, for kernels; arguments as of `dot`."""
+    raise NotImplementedError("compiled code only: see the overload below")
+
+
+@overload(add_scaled, jit_options={"fastmath": FAST})  # type: ignore[misc]
+def _add_scaled(out, codes, head, key, weight, half):  # type: ignore[no-untyped-def]
+    if codes.dtype != types.uint16:
+
+        def number(out, codes, head, key, weight, half):  # type: ignore[no-untyped-def]
+            for t in range(out.shape[0]):
+                out[t] += np.float32(codes[head, key, t]) * weight
+
+        return number
+
+    def bits(out, codes, head, key, weight, half):  # type: ignore[no-untyped-def]
+        if half:
+            for t in range(out.shape[0]):
+                out[t] += _float16(codes[head, key, t]) * weight  # type: ignore[call-arg]
+        else:
+            for t in range(out.shape[0]):
+                out[t] += _bfloat16(codes[head, key, t]) * weight  # type: ignore[call-arg]
+
+    return bits

@@ -35,7 +35,7 @@ def _search_range(  # type: ignore[no-untyped-def]
     seen = np.zeros((n_keys + 63) // 64, np.uint64)
     list_scores = np.empty(limit, np.float32)
     list_ids = np.empty(limit, np.int32)  # ~id once the links of a key were followed
-    fresh = np.empty(room, np.int32)
+    fresh = np.empty(room + 1, np.int32)  # one more: what follows the last new key is written, too
     new_scores = np.empty(room, np.float32)
     new_ids = np.empty(room, np.int32)
     one = np.uint64(1)
@@ -49,16 +49,15 @@ def _search_range(  # type: ignore[no-untyped-def]
             links = entries[head] if current < 0 else neighbors[head, current]
             n_fresh = 0
             for j in range(links.shape[0]):
-                key = links[j]
-                if key < 0:
-                    continue
-                word, bit = key >> 6, one << np.uint64(key & 63)
-                if seen[word] & bit:
-                    continue
-                seen[word] |= bit
+                # Without branches: whether a key is new is a toss-up, and a wrong guess costs more than all of this.
+                key = max(links[j], 0)
+                word, place = key >> 6, np.uint64(key & 63)
+                is_new = (links[j] >= 0) & ((seen[word] >> place) & one == 0)
+                seen[word] |= np.uint64(is_new) << place
                 fresh[n_fresh] = key
-                n_fresh += 1
-                first = (head * n_keys + key) * dim
+                n_fresh += is_new
+            for j in range(n_fresh):
+                first = (head * n_keys + fresh[j]) * dim
                 for line in range(lines):
                     prefetch(codes, first + line * per_line)  # type: ignore[call-arg]
             scored += n_fresh

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rabatch.errors import ConfigError, IntegrityError, KeysError
 from rabatch.index.arrow import from_table, to_table
 from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys, check_queries, check_samples
-from rabatch.index.codes import encode
+from rabatch.index.codes import KeyCodes
 from rabatch.index.compiled import run_ranges
 from rabatch.index.flat import FlatIndex
 from rabatch.index.rerank import rerank
@@ -48,7 +48,7 @@ def score_candidates(
 ) -> None:
     """Fill `result` with the best of `candidates` [n_kv_heads, n_queries, n], by their exact scores; -1 is skipped."""
     listed = replace(result, ids=candidates.astype(np.int32))
-    found = rerank(listed, encode(keys), queries, k=result.ids.shape[2], threads=threads)
+    found = rerank(listed, KeyCodes("float32", keys), queries, k=result.ids.shape[2], threads=threads)
     result.ids[:], result.scores[:] = found.ids, found.scores
 
 
@@ -108,9 +108,7 @@ class Baseline:
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
     ) -> SearchResult:
         """See `KeyIndex.search`; `beta` only cuts what was found."""
-        check_queries(queries, self.n_heads, self._keys.shape[2], k=k)
-        if effort < 0:
-            raise ConfigError("effort", effort, "must be >= 0; 0 is the default")
+        check_queries(queries, self.n_heads, self._keys.shape[2], k=k, effort=effort, beta=beta)
         if self.n_keys < MIN_KEYS or max(effort, k) >= self.n_keys:
             self._flat = self._flat or FlatIndex(self._keys)
             result = self._flat.search(queries, k=k)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rabatch.attention.merge import Partial, dense_partial, gathered_partial, logits, merge
+from rabatch.attention.gather import attend_found
+from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
 from rabatch.config import Recipe
 from rabatch.index.base import KeyIndex
@@ -144,7 +145,7 @@ class QuestionAttention:
             ids = torch.from_numpy(found.ids).to(rows.device, torch.int64)
             ids = torch.where(ids >= 0, ids + layer.index_start, ids)
             scores = torch.from_numpy(found.scores).to(rows.device)
-            parts.append(gathered_partial(scores, ids, layer.values, scaling=call.scaling, softcap=call.softcap))
+            parts.append(attend_found(scores, ids, layer.values, scaling=call.scaling, softcap=call.softcap))
         self._count(rows.shape[1], q_tokens, keys.shape[1], ids)
         self._observe(call, rows, q_tokens, keys, kept, ids, scores, merge([tail, *parts]).lse)
         return parts
