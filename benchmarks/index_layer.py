@@ -42,6 +42,7 @@ class Layer:
         self.dense_keys = {torch.bfloat16: context.bfloat16(), torch.float32: context}
         values = torch.from_numpy(rng.standard_normal(context.shape, dtype=np.float32))
         self.dense_values = {torch.bfloat16: values.bfloat16(), torch.float32: values}
+        self.static_set = context[:, :STATIC].clone(), values[:, :STATIC].clone()  # in float32, as the engine keeps it
         self.queries = np.stack([head.queries for head in picked])
         samples = [head.sample for head in picked]
         self.index = AutoIndex.build(self.keys, samples, threads=threads, exact="bfloat16")  # as the context is held
@@ -54,8 +55,8 @@ class Layer:
     def sparse(self, rows: np.ndarray) -> Partial:
         """What a decode step does: the static set exactly, the top-k through the index, merged."""
         queries = torch.from_numpy(rows)
-        keys, values = self.dense_keys[torch.bfloat16], self.dense_values[torch.bfloat16]
-        static = dense_partial(queries, keys[:, :STATIC], values[:, :STATIC], scaling=self.scaling)
+        values = self.dense_values[torch.bfloat16]
+        static = dense_partial(queries, *self.static_set, scaling=self.scaling)
         found = self.index.search(rows, k=TOP_K)
         ids, scores = torch.from_numpy(found.ids).long(), torch.from_numpy(found.scores)
         ids = torch.where(ids >= 0, ids + STATIC, ids)

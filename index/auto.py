@@ -40,7 +40,10 @@ _log = logging.getLogger(__name__)
 
 _KINDS: dict[str, type[KeyIndex]] = {"graph": GraphIndex, "scan": ScanIndex, "flat": FlatIndex}
 # Efforts tried, in multiples of the k that is built for, cheapest first.
-_EFFORTS: dict[str, tuple[float, ...]] = {"graph": (1.0, 1.5, 2.0, 3.0, 4.0), "scan": (2.5, 4.0, 8.0)}
+_EFFORTS: dict[str, tuple[float, ...]] = {
+    "graph": (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0),
+    "scan": (2.5, 3.0, 4.0, 6.0, 8.0),
+}
 # Nanoseconds, measured at 8K to 128K keys on one core (benchmarks/index_search.py measures the same searches): of a key
 # that a graph search visits, of a code per dimension, of a key re-ranked, of a number in a matrix product, of a scan.
 _VISIT_NS, _CODE_NS_PER_DIM, _RERANK_NS, _FLAT_NS_PER_DIM, _SCAN_NS = 60.0, 0.014, 40.0, 0.2, 20_000.0
@@ -65,11 +68,10 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """KV heads that one index serves with one effort."""
+class Group:
+    """KV heads that one index serves."""
 
     heads: list[int]
-    effort: int
     index: KeyIndex
 
 
@@ -83,7 +85,7 @@ class AutoIndex:
 
     kind = "auto"
 
-    def __init__(self, groups: Sequence[_Group], choices: Sequence[Choice]) -> None:
+    def __init__(self, groups: Sequence[Group], choices: Sequence[Choice]) -> None:
         self._groups, self.choices = tuple(groups), tuple(choices)
 
     @property
@@ -159,16 +161,13 @@ class AutoIndex:
         chosen = [min(choices, key=lambda choice: choice.cost_us) for choices in tried]
         for head, choice in enumerate(chosen):
             _log.info("KV head %d: %s, effort %d, %.1f us", head, choice.kind, choice.effort, choice.cost_us)
-        served: dict[tuple[str, int], list[int]] = {}
-        for head, choice in enumerate(chosen):
-            served.setdefault((choice.kind, choice.effort), []).append(head)
-        return cls(
-            [
-                _Group(heads, effort, _heads(built[kind], keys, heads, threads))
-                for (kind, effort), heads in served.items()
-            ],
-            chosen,
-        )
+        groups = []
+        for kind, index in built.items():
+            heads = [head for head, choice in enumerate(chosen) if choice.kind == kind]
+            if heads:
+                efforts = [chosen[head].effort for head in heads]
+                groups.append(Group(heads, _heads(index, keys, heads, efforts)))
+        return cls(groups, chosen)
 
     def search(
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
@@ -177,10 +176,9 @@ class AutoIndex:
         check_queries(queries, self.n_heads, queries.shape[-1], k=k, effort=effort, beta=beta)
         result = empty_result(self.n_heads, queries.shape[1], k)
         for group in self._groups:
-            wanted = max(effort * (2 if group.index.kind == "scan" else 1) or group.effort, k)
-            found = group.index.search(
-                queries[group.heads], k=k, effort=wanted, beta=None if beta is None else beta[group.heads]
-            )
+            wanted = effort * (2 if group.index.kind == "scan" else 1)
+            radius = None if beta is None else beta[group.heads]
+            found = group.index.search(queries[group.heads], k=k, effort=wanted, beta=radius)
             for name, array in vars(found).items():
                 getattr(result, name)[group.heads] = array
         return apply_beta(result, beta)
@@ -204,7 +202,7 @@ class AutoIndex:
                     columns[column] = np.zeros((self.n_heads, *array.shape[1:]), array.dtype)
                 columns[column][group.heads] = array
             arrays |= {f"{number}.{name}": array for name, array in small.items()}
-            groups.append({"heads": group.heads, "effort": group.effort, "settings": settings, "columns": list(own)})
+            groups.append({"heads": group.heads, "settings": settings, "columns": list(own)})
         settings = {
             "kind": self.kind,
             "n_heads": self.n_heads,
@@ -229,7 +227,7 @@ class AutoIndex:
                 index = _KINDS[kind].from_arrow(
                     to_table(saved["settings"], own, small), np.ascontiguousarray(keys[heads]), threads=threads
                 )
-                groups.append(_Group(heads, saved["effort"], index))
+                groups.append(Group(heads, index))
             return cls(groups, [Choice(**choice) for choice in settings["choices"]])
         except (KeyError, TypeError) as error:
             raise IntegrityError("index table", str(error), "is no auto index; build the index again") from error
@@ -278,10 +276,8 @@ def _least(
     return least
 
 
-def _heads(index: KeyIndex, keys: NDArray[np.float32], heads: list[int], threads: int) -> KeyIndex:
-    """The index of some of the heads of a layer."""
-    if len(heads) == index.n_heads:
-        return index
+def _heads(index: KeyIndex, keys: NDArray[np.float32], heads: list[int], efforts: list[int]) -> KeyIndex:
+    """The index of some of the heads of a layer, with these default efforts."""
     if isinstance(index, GraphIndex | ScanIndex):
-        return index.select(heads)
+        return index.select(heads, efforts)
     return FlatIndex(np.ascontiguousarray(keys[heads]))

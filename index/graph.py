@@ -41,7 +41,8 @@ class GraphIndex:
         keys: What searches score. int8 is the fastest and smallest; a result's scores are then those of the codes.
         neighbors: [n_kv_heads, n_keys, degree], int32; -1 is no link.
         entries: [n_kv_heads, n_entries], int32; -1 is no entry.
-        search_list: Default of `effort`: candidates kept during a search; higher finds more and costs more. 0: 2 x k.
+        search_list: Default of `effort`, one or one per KV head: candidates kept during a search; higher finds more
+            and costs more. 0: 2 x k.
         exact: The keys whose scores count, where `keys` are int8: the candidates of a search are scored again.
         samples: One per KV head, the sampled queries with their lists: what `insert` goes by. Empty: no insertion.
         threads: Threads of one search.
@@ -55,7 +56,7 @@ class GraphIndex:
         neighbors: NDArray[np.int32],
         entries: NDArray[np.int32],
         *,
-        search_list: int = 0,
+        search_list: int | Sequence[int] = 0,
         exact: KeyCodes | None = None,
         samples: Sequence[QuerySample] = (),
         threads: int = 1,
@@ -70,12 +71,13 @@ class GraphIndex:
                 raise ConfigError(name, (int(links.min()), int(links.max())), f"ids: -1 .. {n_keys - 1}")
         if exact is not None and exact.shape != keys.shape:
             raise ConfigError("exact", exact.shape, f"must be of the same keys: {keys.shape}")
-        if search_list < 0:
-            raise ConfigError("search_list", search_list, "must be >= 0")
+        lists = [search_list] * n_heads if isinstance(search_list, int) else list(search_list)
+        if len(lists) != n_heads or min(lists, default=0) < 0:
+            raise ConfigError("search_list", search_list, f"must be >= 0, one or {n_heads}")
         self.keys, self.exact = keys, exact
         self.neighbors, self.entries = read_only(neighbors), read_only(entries)
         self.threads = threads
-        self._search_list = search_list
+        self._search_lists = lists
         if samples:
             check_samples(samples, n_heads, n_keys, keys.shape[2])
         self._samples = tuple(samples)
@@ -135,9 +137,9 @@ class GraphIndex:
     ) -> SearchResult:
         """See `KeyIndex.search`. `effort` is the number of candidates kept; with `beta`, that are followed at least."""
         check_queries(queries, self.n_heads, self.keys.shape[2], k=k, effort=effort, beta=beta)
-        if effort == 0:
-            effort = self._search_list or (2 * k if beta is None else _FLOOR)
-        if max(effort, k if beta is None else 0) >= self.n_keys:
+        default = 2 * k if beta is None else _FLOOR
+        efforts = np.array([effort or own or default for own in self._search_lists], np.int64)
+        if max(efforts.max(initial=0), k if beta is None else 0) >= self.n_keys:
             # Every key is scored either way, and a matrix product does it sooner.
             self._flat = self._flat or FlatIndex((self.exact or self.keys).decode())
             return self._flat.search(queries, k=k, beta=beta)
@@ -147,7 +149,7 @@ class GraphIndex:
             self.entries,
             queries,
             k=k if self.exact is None else k + max(k // 4, _SPARE),
-            search_list=effort,
+            search_list=efforts,
             beta=beta,
             threads=self.threads,
         )
@@ -155,13 +157,13 @@ class GraphIndex:
             found = rerank(found, self.exact, queries, k=k, threads=self.threads)
         return apply_beta(found, beta)
 
-    def select(self, heads: list[int]) -> Self:
-        """The index of some of its KV heads; what was inserted comes along, what insertion needs as it was built."""
+    def select(self, heads: list[int], efforts: Sequence[int]) -> Self:
+        """The index of some of its KV heads, with default efforts of their own."""
         return type(self)(
             self.keys.select(heads),
             self.neighbors[heads],
             self.entries[heads],
-            search_list=self._search_list,
+            search_list=efforts,
             exact=None if self.exact is None else self.exact.select(heads),
             samples=[self._samples[head] for head in heads] if self._samples else (),
             threads=self.threads,
@@ -211,7 +213,7 @@ class GraphIndex:
             "n_keys": self.n_keys,
             "dtype": self.keys.dtype,
             "exact": None if self.exact is None else self.exact.dtype,
-            "search_list": self._search_list,
+            "search_lists": self._search_lists,
         }
         return to_table(settings, columns, arrays)
 
@@ -230,7 +232,7 @@ class GraphIndex:
                 codes,
                 columns["neighbors"],
                 arrays["entries"],
-                search_list=settings["search_list"],
+                search_list=settings["search_lists"],
                 exact=exact,
                 samples=[
                     QuerySample(arrays[f"topk.{head}"], arrays[f"queries.{head}"])

@@ -59,6 +59,7 @@ class ScanIndex:
         exceptions: [n_kv_heads, n_exceptions], int32, ids of keys scored exactly for every query; -1 for none. None
             at all: the index was built of too few keys to learn codes from, and every search is exact.
         alignments: One per KV head.
+        efforts: Default of `effort`, one per KV head; none, or 0: 4 x k.
         threads: Threads of one search.
     """
 
@@ -72,6 +73,7 @@ class ScanIndex:
         exceptions: NDArray[np.int32],
         alignments: Sequence[Alignment],
         *,
+        efforts: Sequence[int] = (),
         threads: int = 1,
     ) -> None:
         n_heads, n_keys, dim = keys.shape
@@ -86,6 +88,9 @@ class ScanIndex:
             raise ConfigError("exceptions", (int(exceptions.min()), int(exceptions.max())), f"ids: -1 .. {n_keys - 1}")
         self.keys, self.codes, self.books, self.exceptions = keys, codes, books, exceptions
         self.alignments, self.threads = tuple(alignments), threads
+        self._efforts = list(efforts) or [0] * n_heads
+        if len(self._efforts) != n_heads or min(self._efforts, default=0) < 0:
+            raise ConfigError("efforts", efforts, f"must be {n_heads} numbers >= 0")
         self._flat: FlatIndex | None = None  # made when a search first has the full budget
         self._native = [opened(*pair) for pair in zip(codes, books, strict=True)] if (exceptions >= 0).any() else []
         self._is_exception = np.zeros((n_heads, n_keys), np.bool_)
@@ -156,12 +161,12 @@ class ScanIndex:
     ) -> SearchResult:
         """See `KeyIndex.search`. `effort`: keys scored exactly beside the exceptions; by default 4 x k."""
         check_queries(queries, self.n_heads, self.keys.shape[2], k=k, effort=effort, beta=beta)
-        effort = max(effort or 4 * k, k)
-        if effort >= self.n_keys or not self._native:
+        efforts = [max(effort or own or 4 * k, k) for own in self._efforts]
+        if max(efforts, default=0) >= self.n_keys or not self._native:
             self._flat = self._flat or FlatIndex(self.keys.decode())
             return self._flat.search(queries, k=k, beta=beta)
-        n_queries = queries.shape[1]
-        found = empty_result(self.n_heads, n_queries, self.exceptions.shape[1] + effort)
+        n_queries, n_exceptions = queries.shape[1], self.exceptions.shape[1]
+        found = empty_result(self.n_heads, n_queries, n_exceptions + max(efforts))
         blocks = -(-n_queries // _QUERIES_PER_BLOCK)
 
         def scan(start: int, stop: int) -> None:
@@ -170,10 +175,10 @@ class ScanIndex:
                 head, block = divmod(item, blocks)
                 rows = slice(block * _QUERIES_PER_BLOCK, (block + 1) * _QUERIES_PER_BLOCK)
                 aligned = even(self.alignments[head].queries(queries[head, rows]))
-                ids = self._native[head].search(aligned, effort)[1].astype(np.int32)
+                ids = self._native[head].search(aligned, efforts[head])[1].astype(np.int32)
                 ids[self._is_exception[head][ids]] = -1
-                found.ids[head, rows, : self.exceptions.shape[1]] = self.exceptions[head]
-                found.ids[head, rows, self.exceptions.shape[1] :] = ids
+                found.ids[head, rows, :n_exceptions] = self.exceptions[head]
+                found.ids[head, rows, n_exceptions : n_exceptions + efforts[head]] = ids
 
         before = faiss.omp_get_max_threads()
         try:
@@ -191,14 +196,15 @@ class ScanIndex:
                 getattr(found, name)[:, lost] = array
         return apply_beta(found, beta)
 
-    def select(self, heads: list[int]) -> Self:
-        """The index of some of its KV heads."""
+    def select(self, heads: list[int], efforts: Sequence[int]) -> Self:
+        """The index of some of its KV heads, with default efforts of their own."""
         return type(self)(
             self.keys.select(heads),
             self.codes[heads],
             self.books[heads],
             self.exceptions[heads],
             [self.alignments[head] for head in heads],
+            efforts=efforts,
             threads=self.threads,
         )
 
@@ -231,7 +237,13 @@ class ScanIndex:
 
     def to_arrow(self) -> pa.Table:
         """Codes as a column; books, exceptions and alignments beside them."""
-        settings = {"kind": self.kind, "n_heads": self.n_heads, "n_keys": self.n_keys, "dtype": self.keys.dtype}
+        settings = {
+            "kind": self.kind,
+            "n_heads": self.n_heads,
+            "n_keys": self.n_keys,
+            "dtype": self.keys.dtype,
+            "efforts": self._efforts,
+        }
         stacks = {
             name: np.stack([getattr(a, name) for a in self.alignments]) for name in ("center", "to_key", "to_query")
         }
@@ -247,7 +259,8 @@ class ScanIndex:
                 Alignment(*a) for a in zip(arrays["center"], arrays["to_key"], arrays["to_query"], strict=True)
             ]
             codes = encode(keys, settings["dtype"])
-            return cls(codes, columns["code"], arrays["books"], arrays["exceptions"], alignments, threads=threads)
+            small = (arrays["books"], arrays["exceptions"], alignments)
+            return cls(codes, columns["code"], *small, efforts=settings["efforts"], threads=threads)
         except KeyError as error:
             raise IntegrityError("index table", str(error), "is missing; build the index again") from error
 

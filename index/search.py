@@ -16,7 +16,7 @@ _LINKS_PER_LINE = 16
 
 @compiled
 def _search_range(  # type: ignore[no-untyped-def]
-    codes, half, neighbors, entries, queries, beta, k, limit, floor, start, stop, ids, scores, visited
+    codes, half, neighbors, entries, queries, beta, limits, floors, k, start, stop, ids, scores, visited
 ):
     """Search pairs (head, query) number `start` to `stop`; the rule is that of `search_naive.search_graph`.
 
@@ -33,8 +33,8 @@ def _search_range(  # type: ignore[no-untyped-def]
     per_line = max(_CACHE_LINE_BYTES // codes.itemsize, 1)
     lines = (dim + per_line - 1) // per_line
     seen = np.zeros((n_keys + 63) // 64, np.uint64)
-    list_scores = np.empty(limit, np.float32)
-    list_ids = np.empty(limit, np.int32)  # ~id once the links of a key were followed
+    list_scores = np.empty(limits.max(), np.float32)
+    list_ids = np.empty(limits.max(), np.int32)  # ~id once the links of a key were followed
     fresh = np.empty(room + 1, np.int32)  # one more: what follows the last new key is written, too
     new_scores = np.empty(room, np.float32)
     new_ids = np.empty(room, np.int32)
@@ -42,6 +42,7 @@ def _search_range(  # type: ignore[no-untyped-def]
     for item in range(start, stop):
         head, row = item // n_queries, item % n_queries
         query = queries[head, row]
+        limit = limits[head]
         seen[:] = 0
         size, scored, first_open = 0, 0, 0
         current = -1
@@ -50,10 +51,10 @@ def _search_range(  # type: ignore[no-untyped-def]
             n_fresh = 0
             for j in range(links.shape[0]):
                 # Without branches: whether a key is new is a toss-up, and a wrong guess costs more than all of this.
-                key = max(links[j], 0)
-                word, place = key >> 6, np.uint64(key & 63)
-                is_new = (links[j] >= 0) & ((seen[word] >> place) & one == 0)
-                seen[word] |= np.uint64(is_new) << place
+                key = links[j] if links[j] > 0 else 0
+                word, bit = key >> 6, np.uint64(key & 63)
+                is_new = (links[j] >= 0) & ((seen[word] >> bit) & one == 0)
+                seen[word] |= np.uint64(is_new) << bit
                 fresh[n_fresh] = key
                 n_fresh += is_new
             for j in range(n_fresh):
@@ -102,7 +103,7 @@ def _search_range(  # type: ignore[no-untyped-def]
                 first_open += 1
             if first_open >= size:
                 break
-            if first_open >= floor and list_scores[first_open] < list_scores[0] - beta[head]:
+            if first_open >= floors[head] and list_scores[first_open] < list_scores[0] - beta[head]:
                 break
             current = list_ids[first_open]
             list_ids[first_open] = ~current
@@ -126,7 +127,7 @@ def search_graph(
     queries: NDArray[np.float32],
     *,
     k: int,
-    search_list: int,
+    search_list: int | NDArray[np.int64],
     beta: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> SearchResult:
@@ -138,7 +139,8 @@ def search_graph(
         entries: [n_kv_heads, n_entries], int32; -1 is no entry.
         queries: [n_kv_heads, n_queries, head_dim], float32.
         k: Keys per query.
-        search_list: Candidates kept (ef), at least `k`. With `search_list >= n_keys` every reachable key is returned.
+        search_list: Candidates kept (ef), at least `k`; one number, or one per KV head. With `search_list >= n_keys`
+            every reachable key is returned.
         beta: [n_kv_heads], float32. With it, the list holds max(`k`, `search_list`) keys; the links of its best
             `search_list` are followed, and those of the rest while they score at least the best minus `beta` (DIPR
             of AlayaDB, with a floor). The result is not cut at `beta`.
@@ -148,15 +150,16 @@ def search_graph(
     n_keys = keys.shape[1]
     result = empty_result(n_kv, n_queries, k)
     prepared, offset = keys.prepare(queries)
-    limit = min(max(search_list, k, 1), max(n_keys, 1))
-    floor = limit if beta is None else search_list
+    lists = np.broadcast_to(np.asarray(search_list, np.int64), (n_kv,))
+    limits = np.minimum(np.maximum(lists, max(k, 1)), max(n_keys, 1))
+    floors = limits if beta is None else lists
     radius = np.full(n_kv, np.inf, np.float32) if beta is None else beta.astype(np.float32)
-    arrays = [read_only(a) for a in (neighbors, entries, prepared, radius)]
+    arrays = [read_only(a) for a in (neighbors, entries, prepared, radius, limits, floors)]
     codes, half = read_only(keys.codes), keys.dtype == "float16"
 
     def search(start: int, stop: int) -> None:
         found = (result.ids, result.scores, result.visited)
-        _search_range(codes, half, *arrays, k, limit, floor, start, stop, *found)
+        _search_range(codes, half, *arrays, k, start, stop, *found)
 
     run_ranges(search, n_kv * n_queries, threads=threads)
     np.add(result.scores, offset[:, :, None], out=result.scores)

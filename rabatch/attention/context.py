@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,13 +35,18 @@ class ContextLayer:
     index_stop: int
     index: KeyIndex | None
 
-    @property
+    @cached_property
     def static_rows(self) -> Tensor:
         n_rows = self.keys.shape[1]
         device = self.keys.device
         return torch.cat(
             [torch.arange(0, self.index_start, device=device), torch.arange(self.index_stop, n_rows, device=device)]
         )
+
+    @cached_property
+    def static_set(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the static set in one piece and in float32: every step of every question reads them."""
+        return self.keys[:, self.static_rows].float(), self.values[:, self.static_rows].float()
 
 
 class QuestionAttention:
@@ -133,8 +139,7 @@ class QuestionAttention:
             method != "streaming" and is_question and self.recipe.question_attention == "exact"
         )
         kept = None if exact else layer.static_rows
-        keys = layer.keys if kept is None else layer.keys[:, kept]
-        values = layer.values if kept is None else layer.values[:, kept]
+        keys, values = (layer.keys, layer.values) if kept is None else layer.static_set
         parts = [dense_partial(rows, keys, values, scaling=call.scaling, softcap=call.softcap)]
         ids: Tensor | None = None
         scores: Tensor | None = None

@@ -98,10 +98,10 @@ def test_errors_name_the_field(change, field):
 def test_selected_heads_are_searched_alike():
     keys, samples, queries = random_layer(n_heads=3)
     index = GraphIndex.build(keys, samples, config=CONFIG, dtype="int8", exact="float32")
-    selected, whole = index.select([2, 0]).search(queries[[2, 0]], k=5), index.search(queries, k=5)
+    selected, whole = index.select([2, 0], [0, 0]).search(queries[[2, 0]], k=5), index.search(queries, k=5)
     np.testing.assert_array_equal(selected.ids, whole.ids[[2, 0]])
     np.testing.assert_array_equal(selected.scores, whole.scores[[2, 0]])
-    index.select([1]).insert(keys[1:2, :3])
+    index.select([1], [0]).insert(keys[1:2, :3])
     assert index.n_keys == 300
 
 

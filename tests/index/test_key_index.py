@@ -15,7 +15,7 @@ from index_samples import samples_of
 from rabatch.config import GraphConfig
 from rabatch.errors import ConfigError, KeysError, RabatchError
 from rabatch.index import scan
-from rabatch.index.auto import AutoIndex, Choice, _Group
+from rabatch.index.auto import AutoIndex, Choice, Group
 from rabatch.index.base import KeyIndex, QuerySample, check_keys, check_samples
 from rabatch.index.flat import FlatIndex
 from rabatch.index.graph import GraphIndex
@@ -45,7 +45,7 @@ class Mixed(Kind):
         groups = []
         for head in reversed(range(len(keys))):
             kind = (GraphIndex, ScanIndex, FlatIndex)[head]
-            groups.append(_Group([head], 6, kind.build(keys[head : head + 1], samples[head : head + 1], **options)))
+            groups.append(Group([head], kind.build(keys[head : head + 1], samples[head : head + 1], **options)))
         return AutoIndex(groups, [Choice(group.index.kind, 6, 1.0, 1.0, 0.0) for group in reversed(groups)])
 
 
