@@ -22,6 +22,7 @@ from rabatch.index.nearest import nearest_keys
 
 _MAX_CANDIDATES = 96  # per key, before pruning: a key that most queries want co-occurs with thousands
 _RANK_BITS = 8
+_MAX_LISTS = (1 << 24) - 1  # more count as so many
 _MAX_COVER_QUERIES = 16384
 
 
@@ -110,7 +111,9 @@ def _co_occurrence(query_topk: NDArray[np.int32], n_keys: int) -> tuple[NDArray[
     lists = np.diff(first, append=len(pairs))
     source, target = np.divmod(pairs[first], n_keys)
     best_rank = packed[first] & ((1 << _RANK_BITS) - 1)
-    order = np.lexsort((best_rank, -lists, source))
+    # By source, most lists first, best rank first, target: in one number, which sorts three times faster than three.
+    rank_of_pair = (source << 32) | ((_MAX_LISTS - np.minimum(lists, _MAX_LISTS)) << _RANK_BITS) | best_rank
+    order = np.argsort(rank_of_pair, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=n_keys))])
     return offsets.astype(np.int64), target[order].astype(np.int32)
 
