@@ -46,6 +46,13 @@ def _float16(typing_context, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint16), generate
 
 
+def _numbers(codes: np.ndarray, half: bool) -> np.ndarray:
+    """What codes stand for, float32, as NumPy reads them: the reference of the compiled code."""
+    if codes.dtype != np.uint16:
+        return codes.astype(np.float32)
+    return codes.view(np.float16).astype(np.float32) if half else (codes.astype(np.uint32) << 16).view(np.float32)
+
+
 def dot(codes: np.ndarray, head: int, key: int, query: np.ndarray, half: bool) -> float:
     """Inner product of `codes[head, key]` and `query`, for kernels.
 
@@ -54,7 +61,7 @@ def dot(codes: np.ndarray, head: int, key: int, query: np.ndarray, half: bool) -
         query: [head_dim], float32.
         half: Whether bits are IEEE float16; else they are bfloat16.
     """
-    raise NotImplementedError("compiled code only: see the overload below")
+    return float(_numbers(codes[head, key], half) @ query)
 
 
 @overload(dot, jit_options={"fastmath": FAST})  # type: ignore[misc]
@@ -84,7 +91,7 @@ def _dot(codes, head, key, query, half):  # type: ignore[no-untyped-def]
 
 def add_scaled(out: np.ndarray, codes: np.ndarray, head: int, key: int, weight: float, half: bool) -> None:
     """Add `weight` times `codes[head, key]` to `out`, for kernels; arguments as of `dot`."""
-    raise NotImplementedError("compiled code only: see the overload below")
+    out += np.float32(weight) * _numbers(codes[head, key], half)
 
 
 @overload(add_scaled, jit_options={"fastmath": FAST})  # type: ignore[misc]

@@ -38,15 +38,12 @@ from rabatch.index.base import (
 from rabatch.index.codes import Dtype, KeyCodes, encode
 from rabatch.index.compiled import run_ranges
 from rabatch.index.flat import FlatIndex
+from rabatch.index.product import DIMS_PER_CODE, code_errors, coded, even, opened, trained
 from rabatch.index.rerank import rerank
 
 EXCEPTIONS = 128
 MIN_KEYS = 1024  # below, a scan is no sooner done than exact scores, and 16 words of a code book are learnt from little
-DIMS_PER_CODE = 2
-_TRAINING_KEYS = 16384
 _QUERIES_PER_BLOCK = 32
-
-native: Any = faiss  # its types leave out what is used here
 
 
 class ScanIndex:
@@ -263,47 +260,3 @@ class ScanIndex:
             return cls(codes, columns["code"], *small, efforts=settings["efforts"], threads=threads)
         except KeyError as error:
             raise IntegrityError("index table", str(error), "is missing; build the index again") from error
-
-
-def even(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """With a column of zeros if their number is odd: a word of a book covers two dimensions."""
-    return np.pad(vectors, ((0, 0), (0, vectors.shape[1] % DIMS_PER_CODE))).astype(np.float32, copy=False)
-
-
-def trained(aligned: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """Books [n_codes, 16, 2] of k-means words, from an even sample of the keys."""
-    dim = aligned.shape[1]
-    quantiser = native.ProductQuantizer(dim, dim // DIMS_PER_CODE, 4)
-    quantiser.cp.seed = seed + 1
-    sample = aligned[:: max(len(aligned) // _TRAINING_KEYS, 1)]
-    quantiser.train(np.ascontiguousarray(sample))
-    return native.vector_to_array(quantiser.centroids).reshape(-1, 16, DIMS_PER_CODE)
-
-
-def coded(aligned: NDArray[np.float32], books: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes [n_keys, n_codes / 2 rounded up] of the nearest words."""
-    quantiser = native.ProductQuantizer(aligned.shape[1], len(books), 4)
-    native.copy_array_to_vector(np.ascontiguousarray(books).ravel(), quantiser.centroids)
-    codes: NDArray[np.uint8] = quantiser.compute_codes(np.ascontiguousarray(aligned))
-    return codes
-
-
-def code_errors(
-    aligned: NDArray[np.float32], codes: NDArray[np.uint8], books: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Squared distance of each key to what its codes say, [n_keys], float32."""
-    words = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * codes.shape[1])[:, : len(books)]
-    errors = np.zeros(len(codes), np.float32)
-    for number, book in enumerate(books):
-        part = aligned[:, number * DIMS_PER_CODE : (number + 1) * DIMS_PER_CODE]
-        errors += np.square(part - book[words[:, number]]).sum(axis=1)
-    return errors
-
-
-def opened(codes: NDArray[np.uint8], books: NDArray[np.float32]) -> Any:
-    """faiss's index of these codes and books."""
-    plain = native.IndexPQ(len(books) * DIMS_PER_CODE, len(books), 4, native.METRIC_INNER_PRODUCT)
-    native.copy_array_to_vector(np.ascontiguousarray(books).ravel(), plain.pq.centroids)
-    native.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), plain.codes)
-    plain.ntotal, plain.is_trained = len(codes), True
-    return native.IndexPQFastScan(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,7 +53,7 @@ def score_candidates(
     result.ids[:], result.scores[:] = found.ids, found.scores
 
 
-class Baseline:
+class Baseline(ABC):
     """The frame of a `KeyIndex`: checks, the exact search at full effort, saving. Subclasses build and search.
 
     Args:
@@ -154,29 +155,32 @@ class Baseline:
                 raise IntegrityError("index table", cls.kind, f"does not hold the index: {error}") from error
         return index
 
+    @abstractmethod
     def _fit(self, samples: Sequence[QuerySample]) -> None:
-        raise NotImplementedError
+        """Build over `self._keys`, of which there are at least `MIN_KEYS`."""
 
+    @abstractmethod
     def _search(self, queries: NDArray[np.float32], k: int, effort: int) -> SearchResult:
         """Search for fewer than `n_keys` keys with an effort below `n_keys`, of at least `MIN_KEYS` keys."""
-        raise NotImplementedError
 
     def _insert(self, n_old: int) -> None:
         """Index the keys from `n_old` on; `self._keys` has them already."""
-        raise NotImplementedError
+        raise ConfigError("insert", self.kind, "this index cannot grow; build it anew")
 
+    @abstractmethod
     def _bytes(self) -> int:
         """Bytes held beside the keys."""
-        raise NotImplementedError
 
     def _columns(self) -> dict[str, NDArray[Any]]:
         return {}
 
+    @abstractmethod
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        raise NotImplementedError
+        """What is saved beside the columns."""
 
+    @abstractmethod
     def _restore(self, columns: Mapping[str, NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> None:
-        raise NotImplementedError
+        """Take over what `_columns` and `_arrays` gave."""
 
     def _for_heads(self, task: Any) -> None:
         """Call `task(head)` for every head, on the index's threads; one head is one thread's, so nothing races."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rabatch.errors import ConfigError, KeysError
+from rabatch.index import machine
 from rabatch.index.codes import DTYPES, KeyCodes, encode
 from rabatch.index.machine import dot
 
@@ -228,3 +229,18 @@ def test_dot_reads_every_bit_pattern(dtype):
     out = np.empty((1, int(finite.sum())), np.float32)
     _dots(np.ascontiguousarray(bits[finite][None, :, None]), np.ones(1, np.float32), dtype == "float16", out)
     np.testing.assert_array_equal(out[0], values[finite])
+
+
+@pytest.mark.parametrize("dim", [1, 3, 7, 64, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_references_of_the_kernels_read_codes_as_decode_does(dtype, dim):
+    codes = encode(random_keys(2, 5, dim), dtype)
+    plain = KeyCodes(dtype, codes.codes, *[None if s is None else np.ones_like(s) for s in (codes.scale, codes.center)])
+    numbers = plain.decode() - (0 if plain.center is None else 1)
+    query = np.random.default_rng(2).standard_normal(dim).astype(np.float32)
+    out = np.ones(dim, np.float32)
+    machine.add_scaled(out, codes.codes, 1, 3, 0.5, dtype == "float16")
+    np.testing.assert_allclose(out, 1 + 0.5 * numbers[1, 3], rtol=1e-6)
+    assert machine.dot(codes.codes, 1, 3, query, dtype == "float16") == pytest.approx(
+        float(numbers[1, 3] @ query), rel=1e-4, abs=1e-4
+    )
