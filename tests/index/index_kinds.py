@@ -134,8 +134,11 @@ def check_result(result, keys, queries, k, bound):
 
 
 def assert_equal(a, b):
-    for name, array in vars(a).items():
-        np.testing.assert_array_equal(getattr(b, name), array, err_msg=name)
+    """The same, but for the last bits of a score: those of a matrix product depend on where in memory the keys lie."""
+    np.testing.assert_array_equal(a.visited, b.visited)
+    np.testing.assert_array_equal(a.distances, b.distances)
+    largest = np.abs(a.scores[np.isfinite(a.scores)]).max(initial=0.0)
+    assert_close(a, b, 4e-6 * largest + 1e-30)
 
 
 def assert_close(a, b, bound):
