@@ -9,13 +9,14 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 _STYLES = {
     "graph": ("#d62728", "o"),
     "graph int8": ("#ff9896", "o"),
     "scan": ("#1f77b4", "s"),
     "auto": ("#2ca02c", "*"),
+    "hnsw plain": ("#c5b0d5", "v"),
     "hnsw": ("#9467bd", "v"),
     "ivf": ("#8c564b", "^"),
     "ivfpq": ("#e377c2", "<"),
@@ -46,6 +47,9 @@ def recall_plot(rows: list[dict[str, Any]], path: Path) -> None:
                     x, y = np.array(line).T
                     axis.plot(x, y, color=color, marker=marker, label=name, markersize=5, linewidth=1.4)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+            axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.set_ylim(0, 1.02)
             axis.grid(alpha=0.3)
             axis.set_xlabel(label)

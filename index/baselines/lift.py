@@ -17,7 +17,7 @@ class Reduction:
     Srebro, 2015); queries get 0 there. Inner products of lifted vectors are q . (k - mean), also of a key that was
     inserted later and lies outside the sphere: it gets 0, and only its links suffer.
 
-    Recall of the top 100 on `stressed_vectors(16384, ...)`, head_dim 64, plain / centred / lifted / both, with about
+    Recall of the top 100 on 16K stressed keys of 64 dimensions, plain / centred / lifted / both, with about
     1,000 keys scored by IVF: 0.96 / 0.85 / 0.99 / 0.99; HNSW at ef 200: 0.39 / 0.61 / 0.84 / 0.82.
 
     Args:

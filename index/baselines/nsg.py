@@ -21,8 +21,8 @@ class NsgIndex(LinkedBaseline):
     """Navigating spreading-out graph (Fu et al., 2019), built by `faiss.IndexNSGFlat`, one per KV head.
 
     `effort` is the length of the candidate list (search_L), by default 2 k. Options: `degree`, and `knn`, the nearest
-    keys it is pruned from. faiss also builds it over inner products; then, at a list of 200 in
-    `stressed_vectors(16384, ...)`, it finds 0.57 of the top 100 where over lifted keys it finds 0.92.
+    keys it is pruned from. faiss also builds it over inner products; then, at a list of 200 and
+    16K stressed keys, it finds 0.57 of the top 100 where over lifted keys it finds 0.92.
 
     The links are searched by our kernel: `IndexNSGFlat` takes the length of its list from the index, so two searches
     at once would disturb each other, and counts nothing. As there, a search starts from as many random keys as its

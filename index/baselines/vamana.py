@@ -24,7 +24,7 @@ class VamanaIndex(LinkedBaseline):
     `effort` is the length of the candidate list, by default 2 k. Options: `degree` (R), `build_list` (L), `alpha`, of
     distances, not of their squares, and `per_query`, keys that a link to a query is replaced by.
 
-    Recall of the top 100 on `stressed_vectors(16384, ...)`, head_dim 64, 4,096 sampled queries, at a list of 200 (keys
+    Recall of the top 100 on 16K stressed keys of 64 dimensions, 4,096 sampled queries, at a list of 200 (keys
     scored): R 32, L 100: 0.97 (752); R 64, L 100: 0.99 (848); R 32, L 200: 0.995 (about 800), hence the defaults;
     R 64, L 200: 0.996 (1,004). alpha 1.0 / 1.1 / 1.2 / 1.4 at L 100: 0.92 / 0.97 / 0.97 / 0.98. Without queries 0.93.
     The same over inner products of centred keys, radius^2 - a . b in place of distances: 0.86 (1,727) at alpha 1.2,
