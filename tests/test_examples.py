@@ -63,7 +63,7 @@ def test_query_store_imports_nothing_of_rabatch():
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "query_store.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "query_store.py", "key_index.py"}
 
 
 def test_a_key_index_alone(tmp_path):
