@@ -29,9 +29,10 @@ from rabatch.index.baselines.hnsw import HnswIndex
 from rabatch.index.baselines.ivf import IvfIndex, IvfPqIndex
 from rabatch.index.baselines.nsg import NsgIndex
 from rabatch.index.baselines.vamana import VamanaIndex
-from rabatch.index.codes import KeyCodes, encode
+from rabatch.index.codes import encode
 from rabatch.index.flat import FlatIndex
 from rabatch.index.graph import GraphIndex
+from rabatch.index.mass import beta_for
 from rabatch.index.scan import ScanIndex
 
 # name: (class, options of the build, efforts, largest index it is built for)
@@ -176,8 +177,6 @@ def faiss_on_our_graph(head: Head, threads: int, repeats: int) -> list[dict[str,
 
 def mass_stopping(head: Head, threads: int) -> list[dict[str, Any]]:
     """`beta` from a share of the mass: how many keys it keeps and visits on this head, and what they hold."""
-    from rabatch.index.mass import beta_for
-
     assert head.sample.queries is not None
     index = GraphIndex.build(head.keys[None], [head.sample], threads=threads)
     scaling = head.keys.shape[1] ** -0.5
@@ -266,13 +265,9 @@ def targets(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def int8_bytes(head: Head) -> dict[str, Any]:
     """Bytes of int8 keys over those of 16-bit keys."""
-    sizes = {dtype: _bytes(encode(head.keys[None], dtype)) for dtype in ("bfloat16", "int8")}  # type: ignore[arg-type]
+    sizes = {dtype: encode(head.keys[None], dtype).bytes_per_key for dtype in ("bfloat16", "int8")}  # type: ignore[arg-type]
     ratio = sizes["int8"] / sizes["bfloat16"]
     return {"name": "int8 / bfloat16, bytes", "value": round(ratio, 4), "target": 0.55, "holds": ratio <= 0.55}
-
-
-def _bytes(codes: KeyCodes) -> float:
-    return codes.bytes_per_key
 
 
 def main() -> None:

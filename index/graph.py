@@ -120,8 +120,6 @@ class GraphIndex:
             insertable: Sampled queries kept per KV head for `insert`; 0: the index is never inserted into.
             options: Of the constructor.
         """
-        check_keys(keys)
-        check_samples(samples, *keys.shape)
         graphs = build_layer(keys, samples, config=config or GraphConfig(), seed=seed, threads=threads)
         width = max((len(graph.entries) for graph in graphs), default=0)
         neighbors = np.stack([graph.neighbors for graph in graphs])
@@ -178,6 +176,8 @@ class GraphIndex:
         check_keys(keys, n_heads=self.n_heads, head_dim=self.keys.shape[2])
         if not self._samples:
             raise ConfigError("samples", None, "an index grows by its sampled queries; build it with query vectors")
+        # First: they may refuse, and then nothing has changed.
+        appended, exact = self.keys.append(keys), None if self.exact is None else self.exact.append(keys)
         if not self._growing:
             vectors = (self.exact or self.keys).decode()
             self._growing = [Growing(sample, vectors[head]) for head, sample in enumerate(self._samples)]
@@ -192,8 +192,7 @@ class GraphIndex:
         run_ranges(grow, self.n_heads, threads=self.threads)
         if first == 0 and n_new:
             self.entries = read_only(np.zeros((self.n_heads, 1), np.int32))
-        self.keys = self.keys.append(keys)
-        self.exact = None if self.exact is None else self.exact.append(keys)
+        self.keys, self.exact = appended, exact
         self.neighbors, self._flat = read_only(neighbors), None
 
     def to_arrow(self) -> pa.Table:
@@ -252,7 +251,12 @@ def build_layer(
     Args:
         keys: [n_kv_heads, n_keys, head_dim], float32.
         samples: One per KV head; without query vectors the coordinates are only centred.
+
+    Raises:
+        KeysError: Keys that are not finite, of another shape, or lists with ids out of range.
     """
+    check_keys(keys)
+    check_samples(samples, *keys.shape)
     graphs: list[Graph | None] = [None] * len(keys)
     across = threads if len(keys) >= threads else 1
 

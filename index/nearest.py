@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabatch.index.compiled import run_ranges
+from rabatch.index.native import one_faiss_thread
 
 # The graph wants near keys, not the nearest. On 128K keys of 128 dimensions, one core: 2 cells of 256 keys find 0.59 of
 # the true 14 in 2.9 s, 8 cells of 1,024 find 0.97 in 11.6 s, and the graphs made of them are searched alike (the same
@@ -40,8 +41,8 @@ def nearest_keys(keys: NDArray[np.float32], *, k: int, seed: int = 0, threads: i
     else:
         blocks, neighborhoods = _cells(keys, seed)
 
+    @one_faiss_thread()
     def search(start: int, stop: int) -> None:
-        faiss.omp_set_num_threads(1)  # of this thread only: OpenMP counts are per thread
         for rows, others in zip(blocks[start:stop], neighborhoods[start:stop], strict=True):
             if len(rows):
                 found = faiss.knn(keys[rows], keys if others is None else keys[others], k + 1)[1]
@@ -49,11 +50,7 @@ def nearest_keys(keys: NDArray[np.float32], *, k: int, seed: int = 0, threads: i
                     found = np.where(found < 0, -1, others[found])
                 nearest[rows] = _without_self(found, rows)
 
-    before = faiss.omp_get_max_threads()
-    try:
-        run_ranges(search, len(blocks), threads=threads)
-    finally:
-        faiss.omp_set_num_threads(before)
+    run_ranges(search, len(blocks), threads=threads)
     return nearest
 
 
@@ -63,16 +60,12 @@ def _cells(keys: NDArray[np.float32], seed: int) -> tuple[list[NDArray[np.int64]
     faiss trains on a sample of 64 keys a cell.
     """
     n_cells = len(keys) // KEYS_PER_CELL
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
+    with one_faiss_thread():
         kmeans = faiss.Kmeans(keys.shape[1], n_cells, niter=_ITERATIONS, seed=seed + 1, max_points_per_centroid=64)
         kmeans.train(keys)
         assigned = kmeans.index.search(keys, 1)[1][:, 0]
         centroids = np.asarray(kmeans.centroids, np.float32)
         near = kmeans.index.search(centroids, min(CELLS_SEARCHED, n_cells))[1]
-    finally:
-        faiss.omp_set_num_threads(before)
     order = np.argsort(assigned, kind="stable")
     cells = np.split(order, np.cumsum(np.bincount(assigned, minlength=n_cells))[:-1])
     lost = np.flatnonzero((near != np.arange(n_cells)[:, None]).all(axis=1))

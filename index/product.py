@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.index.native import native
+
 DIMS_PER_CODE = 2
 _TRAINING_KEYS = 16384
-
-native: Any = faiss  # its types leave out what is used here
 
 
 def even(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

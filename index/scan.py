@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -38,6 +37,7 @@ from rabatch.index.base import (
 from rabatch.index.codes import Dtype, KeyCodes, encode
 from rabatch.index.compiled import run_ranges
 from rabatch.index.flat import FlatIndex
+from rabatch.index.native import one_faiss_thread
 from rabatch.index.product import DIMS_PER_CODE, code_errors, coded, even, opened, trained
 from rabatch.index.rerank import rerank
 
@@ -133,8 +133,8 @@ class ScanIndex:
         exceptions = np.full((n_heads, min(EXCEPTIONS, n_keys)), -1, np.int32)
         alignments: list[Alignment | None] = [None] * n_heads
 
+        @one_faiss_thread()
         def build(start: int, stop: int) -> None:
-            faiss.omp_set_num_threads(1)  # of this thread
             for head in range(start, stop):
                 alignments[head] = alignment = align(keys[head], samples[head].queries)
                 if n_keys >= MIN_KEYS:
@@ -145,11 +145,7 @@ class ScanIndex:
                         :EXCEPTIONS
                     ]
 
-        before = faiss.omp_get_max_threads()
-        try:
-            run_ranges(build, n_heads, threads=threads)
-        finally:
-            faiss.omp_set_num_threads(before)
+        run_ranges(build, n_heads, threads=threads)
         known = [alignment for alignment in alignments if alignment is not None]
         return cls(encode(keys, dtype), codes, books, exceptions, known, threads=threads, **options)
 
@@ -166,8 +162,8 @@ class ScanIndex:
         found = empty_result(self.n_heads, n_queries, n_exceptions + max(efforts))
         blocks = -(-n_queries // _QUERIES_PER_BLOCK)
 
+        @one_faiss_thread()
         def scan(start: int, stop: int) -> None:
-            faiss.omp_set_num_threads(1)  # of this thread
             for item in range(start, stop):
                 head, block = divmod(item, blocks)
                 rows = slice(block * _QUERIES_PER_BLOCK, (block + 1) * _QUERIES_PER_BLOCK)
@@ -177,11 +173,7 @@ class ScanIndex:
                 found.ids[head, rows, :n_exceptions] = self.exceptions[head]
                 found.ids[head, rows, n_exceptions : n_exceptions + efforts[head]] = ids
 
-        before = faiss.omp_get_max_threads()
-        try:
-            run_ranges(scan, self.n_heads * blocks, threads=self.threads)
-        finally:
-            faiss.omp_set_num_threads(before)
+        run_ranges(scan, self.n_heads * blocks, threads=self.threads)
         found.visited[:] = found.distances[:] = self.n_keys
         found = rerank(found, self.keys, queries, k=k, threads=self.threads)
         lost = (found.ids[:, :, -1] < 0).any(axis=0)
@@ -212,6 +204,7 @@ class ScanIndex:
         """
         check_keys(keys, n_heads=self.n_heads, head_dim=self.keys.shape[2])
         first, n_new = self.n_keys, keys.shape[1]
+        appended = self.keys.append(keys)  # first: it may refuse, and then nothing has changed
         codes = np.zeros((self.n_heads, n_new, self.codes.shape[2]), np.uint8)
         exceptions = [np.empty(0, np.int64) for _ in range(self.n_heads)]
         for head, native_index in enumerate(self._native):
@@ -222,7 +215,7 @@ class ScanIndex:
             codes[head] = coded(aligned, self.books[head])
             native_index.add(aligned)
             exceptions[head] = first + np.flatnonzero(code_errors(aligned, codes[head], self.books[head]) > limit)
-        self.keys, self._flat = self.keys.append(keys), None
+        self.keys, self._flat = appended, None
         self.codes = np.concatenate([self.codes, codes], axis=1)
         more = np.full((self.n_heads, max((len(ids) for ids in exceptions), default=0)), -1, np.int32)
         is_exception = np.zeros((self.n_heads, n_new), np.bool_)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rabatch.config import BuildConfig
-from rabatch.index.base import QuerySample, check_keys, check_samples
+from rabatch.index.base import QuerySample
 from rabatch.index.graph import build_layer
 from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
@@ -34,8 +34,6 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
     if build.index == "graph" and not sliding:
         indexed = np.ascontiguousarray(keys[:, start:stop].float().numpy())
         samples = _samples(unit, build, heads, geometry.head_dim)
-        check_keys(indexed)
-        check_samples(samples, *indexed.shape)
         graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
         neighbors = np.stack([graph.neighbors for graph in graphs])
         if stop > start:

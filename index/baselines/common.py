@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -19,24 +17,12 @@ from rabatch.index.base import QuerySample, SearchResult, apply_beta, check_keys
 from rabatch.index.codes import KeyCodes
 from rabatch.index.compiled import run_ranges
 from rabatch.index.flat import FlatIndex
+from rabatch.index.native import one_faiss_thread
 from rabatch.index.rerank import rerank
 
 # Below, nothing is built and every search is exact: a scan is sooner done, and faiss trains and links on too little.
 MIN_KEYS = 256
 QUERIES_PER_BLOCK = 64
-
-native: Any = faiss  # its types leave out much of what is used here
-
-
-@contextmanager
-def one_faiss_thread() -> Iterator[None]:
-    """OpenMP counts are per thread: the calling one gets 1, then its own again. Threads here are Python's."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def score_candidates(

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabatch.index.base import QuerySample, SearchResult, empty_result
-from rabatch.index.baselines.common import Baseline, native, score_candidates
+from rabatch.index.baselines.common import Baseline, score_candidates
 from rabatch.index.baselines.lift import Reduction, pad_queries, told_apart
+from rabatch.index.native import native
 
 
 class HnswIndex(Baseline):

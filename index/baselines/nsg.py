@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from rabatch.errors import ConfigError
 from rabatch.index.base import QuerySample
-from rabatch.index.baselines.common import native
 from rabatch.index.baselines.lift import Reduction, told_apart
 from rabatch.index.baselines.linked import LinkedBaseline
+from rabatch.index.native import native
 
 _ROWS_PER_BLOCK = 4096
 

@@ -14,6 +14,7 @@ from rabatch.index.flat import FlatIndex
 from rabatch.index.graph import GraphIndex
 from rabatch.index.insertion import Growing
 from rabatch.index.links import unreachable
+from rabatch.index.scan import ScanIndex
 
 CONFIG = GraphConfig(degree=8, key_neighbors=3, entry_points=4)
 KINDS = {
@@ -239,3 +240,21 @@ def test_wrong_keys_are_refused_and_change_nothing(change, message):
     assert_sound(index)
     index.insert(keys)
     assert_sound(index)
+
+
+@pytest.mark.parametrize("kind", [GraphIndex, ScanIndex], ids=["graph", "scan"])
+def test_a_refused_insertion_changes_nothing(kind, monkeypatch):
+    monkeypatch.setattr("rabatch.index.scan.MIN_KEYS", 20)
+    keys = random_keys(90)
+    lists = FlatIndex(keys).search(keys[:, :40], k=8).ids
+    samples = [QuerySample(lists[head], keys[head, :40].copy()) for head in range(len(keys))]
+    index = kind.build(keys, samples, dtype="float16")
+    untouched = kind.build(keys, samples, dtype="float16")
+    with pytest.raises(KeysError, match="float16"):
+        index.insert(np.full((len(keys), 3, keys.shape[2]), 1e6, np.float32))
+    for each in (index, untouched):
+        each.insert(random_keys(5, seed=8))
+    queries = random_keys(9, seed=9)
+    one, other = (each.search(queries, k=12, effort=30) for each in (index, untouched))
+    np.testing.assert_array_equal(one.ids, other.ids)
+    assert index.to_arrow().equals(untouched.to_arrow(), check_metadata=True)
