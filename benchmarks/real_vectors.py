@@ -89,6 +89,10 @@ class _Recorder:
     def __init__(self) -> None:
         self.seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
+    @property
+    def needs_mask(self) -> bool:
+        return bool(self.session.needs_mask)
+
     def over(self, session: Any) -> _Recorder:
         self.session = session
         return self
@@ -100,24 +104,19 @@ class _Recorder:
 
 
 class _PrefillRecorder(_Recorder):
-    """Beside the lists that a `PrefillCapture` keeps: the query vectors behind them, in the same order."""
+    """The keys before they are rounded to the stored dtype; lists and vectors are in the session's sample."""
 
     def attend(self, call: Any) -> Tensor:
-        start, n_kv = self.session.chunk_start, call.key.shape[1]
-        _, n_heads, q_tokens, dim = call.query.shape
-        chosen = self.session.sampled
-        chosen = chosen[(chosen >= start) & (chosen < start + q_tokens)]
-        picked = call.query[0].index_select(1, chosen - start)
-        self.seen[call.layer, "queries"].append(picked.reshape(n_kv, -1, dim))
-        self.seen[call.layer, "positions"].append(chosen.repeat(n_heads // n_kv))
-        self.seen[call.layer, "keys"] = [call.key[0]]  # in the end, all keys, not yet rounded to the stored dtype
+        self.seen[call.layer, "keys"] = [call.key[0]]  # in the end, all keys
         return self.session.attend(call)
 
     def arrays(self, layer: int) -> dict[str, np.ndarray]:
         """Lists, vectors and positions, without the queries that see no key of the index."""
-        queries = torch.cat(self.seen[layer, "queries"], dim=1).float().numpy()
-        topk = self.session.lists(layer, 0, len(queries)).numpy()
-        positions = torch.cat(self.seen[layer, "positions"]).numpy()
+        sample = self.session.contexts[0]
+        lists, vectors = sample.of_heads(layer, 0, len(self.seen[layer, "keys"][0]))
+        assert lists.shape[1] == vectors.shape[1], "every sampled query's vector is kept"
+        topk, queries = lists.numpy(), vectors.float().numpy()
+        positions = sample.positions.repeat(topk.shape[1] // len(sample.positions)).numpy()
         kept = topk[0, :, 0] >= 0
         assert ((topk[:, :, 0] >= 0) == kept).all()
         return {"topk": topk[:, kept], "queries": queries[:, kept], "positions": positions[kept]}
@@ -158,11 +157,12 @@ def _record(tokens: int, n_questions: int, seed: int, list_length: int) -> dict[
     from rabatch.storage.manifest import fingerprint_of
 
     loaded = loading.load_model(ModelConfig(device="cpu"))
-    build = BuildConfig(query_top_k=list_length)
+    build = BuildConfig(query_top_k=list_length, sample_vectors=tokens * 1000)  # of every sampled query
     document, questions = generate_document(document_id="bench", tokens=tokens, n_questions=n_questions, seed=seed)
     prefilled, decoded = _PrefillRecorder(), _DecodeRecorder()
     with prefilled.inside(prefill):
-        units = list(prefill.prefill_units(loaded, "bench", text := document["text"], build))
+        encoded = prefill.encode(loaded, "bench", text := document["text"])
+        units = [unit for _, unit in prefill.prefill_units(loaded, [encoded], build)]
     # Dense attention reads no graph, so none is built; the lists were captured above.
     bare, recipe = replace(build, index="none"), Recipe(method="dense")
     geometry = json.dumps({**json.loads(units[0]["geometry"]), "index": "none", "degree": 0})

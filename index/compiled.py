@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,6 +50,17 @@ def run_ranges(kernel: Callable[[int, int], Any], n: int, *, threads: int, chunk
     bounds = np.linspace(0, n, min(threads * chunks_per_thread, n) + 1).astype(int).tolist()
     # A forked child inherits the pool object but not its threads, hence the process id in the key.
     list(_pool(threads, os.getpid()).map(kernel, bounds[:-1], bounds[1:]))
+
+
+def run_tasks(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, threads: int) -> None:
+    """Call `work(*task)` for every task, begun in their order, on `threads` threads; tasks must be independent."""
+    if threads < 1:
+        raise ConfigError("threads", threads, "must be >= 1")
+    if threads == 1 or len(tasks) <= 1:
+        for task in tasks:
+            work(*task)
+        return
+    list(_pool(threads, os.getpid()).map(lambda task: work(*task), tasks))
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from rabatch.index.base import (
     check_saved_keys,
     empty_result,
 )
-from rabatch.index.topk.blocked import merge_topk
+from rabatch.index.topk.knn import merge_topk
 
 _MAX_BLOCK_SCORES = 1 << 22  # float32 scores held at once: 16 MiB
 

@@ -38,6 +38,8 @@ from rabatch.storage.manifest import Manifest, Part, fingerprint_of, utc_now
 from rabatch.storage.store import IndexStore
 
 _BF16_BYTES = 2
+_PACKED_CHARS_PER_TOKEN = 4
+"""Short documents are packed until they have about the characters of one chunk; chunks cross their borders anyway."""
 
 
 def build(
@@ -90,11 +92,18 @@ def build(
     job = _Job(plan_documents(units, limit=limit), index, fields, settings)
     numbers = job.skip_committed()
     if numbers:
+        pack_chars = _PACKED_CHARS_PER_TOKEN * config.prefill_chunk_tokens
         options: dict[str, Any] = {"model": settings, "config": config, "resources": resources, "connected": connected}
         address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
         with tqdm(total=len(numbers), desc="build", unit="doc", file=sys.stderr, disable=not progress) as bar:
-            for row in _run(units, job.planned, numbers, address_of_parts, **options):
+            for row in _run(units, job.planned, numbers, address_of_parts, pack_chars=pack_chars, **options):
                 bar.update(job.take(row))
+            # A pack that kills its worker is lost as a whole; alone, its good documents are built.
+            lost = [number for number in job.lost(numbers) if job.planned[number].chars <= pack_chars // 2]
+            if lost:
+                address_of_parts = dataclasses.replace(address_of_parts, attempt=index.new_attempt())
+                for row in _run(units, job.planned, lost, address_of_parts, pack_chars=0, **options):
+                    bar.update(job.take(row))
     result = job.result(seconds=time.perf_counter() - began)
     if report is not None:
         write_rows(report, result.rows, BUILD_REPORT, storage_options=storage_options)
@@ -107,6 +116,7 @@ def _run(
     numbers: list[int],
     parts: StoreAddress,
     *,
+    pack_chars: int,
     model: ModelConfig,
     config: BuildConfig,
     resources: Resources,
@@ -118,7 +128,7 @@ def _run(
     prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus)
     with cluster.dataset_context(row_blocks=True):
         rows = (
-            read_documents(units, planned, numbers)
+            read_documents(units, planned, numbers, pack_chars=pack_chars)
             .map_batches(
                 PrefillActor,
                 fn_constructor_args=(model, config, threads),
@@ -257,6 +267,13 @@ class _Job:
             "graph_s": seconds.get("graph_s", 0.0),
             "fingerprint": self.fingerprint,
         }
+
+    def lost(self, numbers: list[int]) -> list[int]:
+        """Those of which nothing is known at the end; what came of them is forgotten."""
+        unknown = [number for number in numbers if number not in self._reports]
+        for number in unknown:
+            self._open.pop(number, None)
+        return unknown
 
     def result(self, *, seconds: float) -> BuildResult:
         """Close the books: what never arrived was lost with its actor."""

@@ -27,6 +27,7 @@ _PLAN = pa.schema(
 _DOCUMENT = pa.schema(
     [("number", pa.int64()), *((n, pa.large_string()) for n in ("document_id", "text", "metadata", "error"))]
 )
+_PACK = pa.schema([("documents", pa.list_(pa.struct(list(_DOCUMENT))))])
 
 
 @dataclass(frozen=True)
@@ -115,35 +116,69 @@ def _mark_doubles(planned: list[Planned]) -> list[Planned]:
     return marked
 
 
-def read_documents(units: Units, planned: list[Planned], numbers: list[int]) -> ray.data.Dataset:
-    """A dataset of the documents `planned[number]`, one row per block: `number, document_id, text, metadata, error`.
+def read_documents(units: Units, planned: list[Planned], numbers: list[int], *, pack_chars: int) -> ray.data.Dataset:
+    """A dataset of the documents `planned[number]` in packs, one to a row and block: they share forward passes.
 
-    The largest come first, so that no long one is left for the end. Call it inside
-    `dataset_context(row_blocks=True)`. The rows of one Parquet row group or table block are read by one task.
+    A document of more than `pack_chars` / 2 characters is a pack of its own. The largest come first, so that no long
+    one is left for the end. Call it inside `dataset_context(row_blocks=True)`. The rows of one Parquet row group or
+    table block are read by one task.
+
+    Args:
+        pack_chars: Characters of a pack at most; 0: every document alone.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in numbers:
         row = planned[number]
         alone = row.place.row if units.units[row.unit].kind == "jsonl" else 0
         groups[row.unit, alone].append(number)
-    ordered = sorted(groups.values(), key=lambda group: -max(planned[n].chars for n in group))
-    items = []
-    for group in ordered:
+    items: list[list[dict[str, Any]]] = []
+    room = _Room(pack_chars)
+    for group in sorted(groups.values(), key=lambda group: -max(planned[n].chars for n in group)):
         group.sort(key=lambda n: planned[n].place.row)
         places = [dataclasses.astuple(planned[n].place) for n in group]
-        items.append({"unit": planned[group[0]].unit, "places": json.dumps(places), "numbers": json.dumps(group)})
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(_reader(units), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
+        if room.opens_pack(sum(planned[n].chars for n in group)):
+            items.append([])
+        items[-1].append({"unit": planned[group[0]].unit, "places": places, "numbers": group})
+    dataset = ray.data.from_items([{"groups": json.dumps(item)} for item in items], override_num_blocks=len(items))
+    return dataset.map_batches(_reader(units, pack_chars), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS)
 
 
-def _reader(units: Units) -> Callable[[pa.Table], Iterator[pa.Table]]:
+class _Room:
+    """What is left of a pack of `pack_chars` characters, in which nothing longer than half of it shares."""
+
+    def __init__(self, pack_chars: int) -> None:
+        self._pack_chars = pack_chars
+        self._left = -1  # no pack is open yet
+
+    def opens_pack(self, chars: int) -> bool:
+        """Whether so many characters begin a new pack; they are counted in."""
+        opens = chars > min(self._left, self._pack_chars // 2)
+        left = self._pack_chars if opens else self._left
+        self._left = left - chars if chars <= self._pack_chars // 2 else 0
+        return opens
+
+
+def _reader(units: Units, pack_chars: int) -> Callable[[pa.Table], Iterator[pa.Table]]:
     def read(table: pa.Table) -> Iterator[pa.Table]:
-        for item in table.to_pylist():
-            places = [Place(*place) for place in json.loads(item["places"])]
-            numbers = dict(zip([place.row for place in places], json.loads(item["numbers"]), strict=True))
-            for record in read_unit(units, units.units[item["unit"]], only=places):
-                found = [numbers[record.row]] if record.row in numbers else list(numbers.values())
-                for number in found:  # a record without a row is the failure of the whole unit
-                    yield pa.Table.from_pylist([{**document_of(record), "number": number}], schema=_DOCUMENT)
+        pack: list[dict[str, Any]] = []
+        room = _Room(pack_chars)
+        for group in json.loads(table.column("groups")[0].as_py()):
+            for document in _documents(units, group):
+                if room.opens_pack(len(document["text"])) and pack:
+                    yield pa.Table.from_pylist([{"documents": pack}], schema=_PACK)
+                    pack = []
+                pack.append(document)
+        if pack:
+            yield pa.Table.from_pylist([{"documents": pack}], schema=_PACK)
 
     return read
+
+
+def _documents(units: Units, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    places = [Place(*place) for place in group["places"]]
+    numbers = dict(zip([place.row for place in places], group["numbers"], strict=True))
+    for record in read_unit(units, units.units[group["unit"]], only=places):
+        found = [numbers[record.row]] if record.row in numbers else list(numbers.values())
+        for number in found:  # a record without a row is the failure of the whole unit
+            document = document_of(record)
+            yield {"number": number, **{name: document[name] for name in _DOCUMENT.names if name != "number"}}

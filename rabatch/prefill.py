@@ -1,17 +1,20 @@
-"""Prefill of one document: chunked, exact, and handed on in rows small enough to travel between actors."""
+"""Prefill of documents: chunked, exact, and handed on in rows small enough to travel between actors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rabatch.attention.caches import ContextCache
 from rabatch.attention.capture import PrefillCapture
+from rabatch.attention.outbox import Outbox
+from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import attending
 from rabatch.config import BuildConfig
 from rabatch.errors import DocumentError, ModelError
@@ -45,53 +48,93 @@ def encode(loaded: LoadedModel, document_id: str, text: str) -> EncodedContext:
 
 
 @torch.inference_mode()
-def run(loaded: LoadedModel, context: EncodedContext, build: BuildConfig) -> tuple[ContextCache, PrefillCapture]:
-    """Run the model over the context in chunks; keys and values end up in the cache, sampled queries in the capture."""
-    n_tokens = len(context)
-    start, stop = index_range(n_tokens, build)
-    capture = PrefillCapture(
+def run(
+    loaded: LoadedModel, contexts: Sequence[EncodedContext], build: BuildConfig
+) -> tuple[ContextCache, PrefillCapture]:
+    """Run the model over contexts, one after the other in chunks that cross their borders; each sees only itself.
+
+    Returns:
+        Keys and values of all tokens in that order, and the sampled queries of each context, all of it on the host.
+    """
+    device = torch.device(loaded.config.device)
+    outbox = Outbox(device)
+    capture = PrefillCapture([_sample(len(context), build) for context in contexts], outbox)
+    lengths = [len(context) for context in contexts]
+    stored = getattr(torch, stored_dtype(loaded.config, build))
+    cache = ContextCache(loaded.geometry.n_layers, sum(lengths), outbox, stored)
+    ids = torch.from_numpy(np.concatenate([context.token_ids for context in contexts])).long()[None].to(device)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    with attending(capture):
+        for first in range(0, sum(lengths), build.prefill_chunk_tokens):
+            capture.chunk_start = first
+            chunk = slice(first, first + build.prefill_chunk_tokens)
+            loaded.model(
+                input_ids=ids[:, chunk],
+                position_ids=positions[:, chunk],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+    cache.leave_device()
+    return cache, capture
+
+
+def _sample(n_tokens: int, build: BuildConfig) -> ContextSample:
+    return ContextSample(
         context_tokens=n_tokens,
-        index_range=(start, stop) if build.index == "graph" else (0, 0),
+        index_range=index_range(n_tokens, build) if build.index == "graph" else (0, 0),
         window_tokens=build.window_tokens,
         query_share=build.query_share,
         top_k=build.query_top_k,
         sample_vectors=build.sample_vectors,
     )
-    cache = ContextCache(loaded.geometry.n_layers, n_tokens)
-    ids = torch.from_numpy(context.token_ids).long()[None].to(loaded.config.device)
-    with attending(capture):
-        for first in range(0, n_tokens, build.prefill_chunk_tokens):
-            capture.chunk_start = first
-            loaded.model(
-                input_ids=ids[:, first : first + build.prefill_chunk_tokens],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-    return cache, capture
 
 
-def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: BuildConfig) -> Iterator[Unit]:
-    """Prefill a document and yield it as rows: its tokens, then each layer in ranges of KV heads.
+def prefill_units(
+    loaded: LoadedModel, contexts: Sequence[EncodedContext], build: BuildConfig
+) -> Iterator[tuple[int, Unit]]:
+    """Prefill contexts together and yield each as rows: its tokens, then each layer in ranges of KV heads.
+
+    Many short contexts in one call share forward passes; what is stored of one does not depend on the others beyond
+    rounding.
+
+    Yields:
+        (number of the context, row).
 
     Raises:
-        DocumentError: The document is empty or longer than the model can take.
         ModelError: Keys and values are not shaped as the model's config says.
     """
     began = time.perf_counter()
-    context = encode(loaded, document_id, text)
-    cache, capture = run(loaded, context, build)
-    seconds = time.perf_counter() - began
-    geometry = _geometry(loaded, capture, build)
-    kv_dtype = getattr(torch, geometry.kv_dtype)
+    cache, capture = run(loaded, contexts, build)
+    per_token = (time.perf_counter() - began) / sum(len(context) for context in contexts)
+    start = 0
+    for number, context in enumerate(contexts):
+        tokens = (start, start + len(context))
+        sample = capture.contexts[number]
+        for unit in _units_of(loaded, context, build, cache, tokens, sample, capture.windows):
+            yield number, {**unit, "prefill_s": per_token * len(context)}
+        start += len(context)
+
+
+def _units_of(
+    loaded: LoadedModel,
+    context: EncodedContext,
+    build: BuildConfig,
+    cache: ContextCache,
+    tokens: tuple[int, int],
+    sample: ContextSample,
+    windows: dict[int, int],
+) -> Iterator[Unit]:
+    geometry = _geometry(loaded, windows, build)
     ranges = [
-        (layer, heads) for layer in range(geometry.n_layers) for heads in _head_ranges(cache, capture, layer, kv_dtype)
+        (layer, heads)
+        for layer in range(geometry.n_layers)
+        for heads in _head_ranges(cache, sample, layer, _rows(tokens, windows[layer]))
     ]
     shared = {
         "context_tokens": len(context),
         "geometry": json.dumps(dataclasses.asdict(geometry)),
         "n_units": 1 + len(ranges),
-        "prefill_s": seconds,
     }
     yield {
         "unit_kind": "tokens",
@@ -108,9 +151,8 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
         "queries": b"",
     }
     for layer, (head_start, head_stop) in ranges:
-        first = _first_row(len(context), geometry.sliding_windows[layer])
-        keys, values = cache.states(layer)
-        lists, queries = capture.sample(layer, head_start, head_stop)
+        keys, values = cache.states(layer, *_rows(tokens, windows[layer]))
+        lists, queries = sample.of_heads(layer, head_start, head_stop)
         yield {
             "unit_kind": "layer",
             **shared,
@@ -120,14 +162,14 @@ def prefill_units(loaded: LoadedModel, document_id: str, text: str, build: Build
             "layer": layer,
             "head_start": head_start,
             "head_stop": head_stop,
-            "keys": _to_bytes(keys[head_start:head_stop, first:].to(kv_dtype)),
-            "values": _to_bytes(values[head_start:head_stop, first:].to(kv_dtype)),
+            "keys": _to_bytes(keys[head_start:head_stop]),
+            "values": _to_bytes(values[head_start:head_stop]),
             "lists": lists.numpy().tobytes(),
             "queries": queries.float().numpy().tobytes(),
         }
 
 
-def _geometry(loaded: LoadedModel, capture: PrefillCapture, build: BuildConfig) -> Geometry:
+def _geometry(loaded: LoadedModel, windows: dict[int, int], build: BuildConfig) -> Geometry:
     shape = loaded.geometry
     return Geometry(
         n_layers=shape.n_layers,
@@ -139,27 +181,29 @@ def _geometry(loaded: LoadedModel, capture: PrefillCapture, build: BuildConfig) 
         window_tokens=build.window_tokens,
         index=build.index,
         degree=build.graph.degree if build.index == "graph" else 0,
-        sliding_windows=tuple(capture.windows[layer] for layer in range(shape.n_layers)),
+        sliding_windows=tuple(windows[layer] for layer in range(shape.n_layers)),
     )
 
 
-def _first_row(n_tokens: int, sliding_window: int) -> int:
-    return max(0, n_tokens - sliding_window) if sliding_window else 0
+def _rows(tokens: tuple[int, int], sliding_window: int) -> tuple[int, int]:
+    """What is stored of a layer: every token, or of a natively sliding one the last that any query can see."""
+    start, stop = tokens
+    return (max(start, stop - sliding_window) if sliding_window else start), stop
 
 
 def _head_ranges(
-    cache: ContextCache, capture: PrefillCapture, layer: int, kv_dtype: torch.dtype
+    cache: ContextCache, sample: ContextSample, layer: int, rows: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    keys, values = cache.states(layer)
+    keys, values = cache.states(layer, rows[0], rows[0])
     if keys.shape != values.shape:
         raise ModelError("model", layer, "keys and values of this layer differ in shape; rabatch needs them equal")
-    n_heads, n_tokens, head_dim = keys.shape
-    rows = n_tokens - _first_row(n_tokens, capture.windows[layer])
-    lists, queries = capture.sample(layer, 0, 1)
-    head_bytes = rows * head_dim * 2 * kv_dtype.itemsize + lists.nbytes + queries.numel() * torch.float32.itemsize
+    n_heads, _, head_dim = keys.shape
+    lists, queries = sample.of_heads(layer, 0, 1)
+    head_bytes = (rows[1] - rows[0]) * head_dim * 2 * keys.itemsize
+    head_bytes += lists.nbytes + queries.numel() * torch.float32.itemsize
     step = max(1, MAX_UNIT_BYTES // max(1, head_bytes))
     return [(start, min(start + step, n_heads)) for start in range(0, n_heads, step)]
 
 
 def _to_bytes(states: Tensor) -> bytes:
-    return states.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return states.contiguous().view(torch.uint8).numpy().tobytes()

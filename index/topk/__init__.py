@@ -1,20 +1,75 @@
-"""Exact top-k keys of query vectors: what prefill keeps for graph construction, and what flat retrieval returns."""
+"""Exact top-k keys of query vectors, as part of the attention that a prefill computes anyway or apart from it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rabatch.errors import ConfigError
-from rabatch.index.topk import blocked, naive
+from rabatch.index.topk import blocked, knn, launch, naive
+from rabatch.index.topk.base import Attended, Request, Sample, Span, check_request
+
+__all__ = ["Attended", "Request", "Sample", "Span", "attention_topk", "topk"]
 
 _log = logging.getLogger(__name__)
-_logged_choices: set[tuple[str, str]] = set()
+_logged_choices: set[tuple[str, str, str]] = set()
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"naive": naive.topk, "blocked": blocked.topk}
+KNN: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"naive": naive.topk, "blocked": knn.topk}
+ATTENTION: dict[str, Callable[[Request], Attended]] = {
+    "naive": naive.attend,
+    "blocked": blocked.attend,
+    "triton": launch.attend,
+}
+
+
+def attention_topk(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    spans: Sequence[Span] | None = None,
+    sample: Sample | None = None,
+    softcap: float | None = None,
+    sliding_window: int = 0,
+    impl: str = "auto",
+    threads: int = 0,
+) -> Attended:
+    """Exact causal attention, and the top-k keys of sampled rows out of the scores it computes anyway.
+
+    Logits are scaling * (q . k) in float32, through softcap * tanh(logit / softcap) where there is a soft cap, which
+    reorders nothing. RetrievalAttention, section 3.2, links keys to the queries these lists come from.
+
+    Args:
+        queries: [n_heads, n_rows, head_dim], float32, float16 or bfloat16, rotated.
+        keys, values: [n_kv_heads, n_keys, head_dim] and [n_kv_heads, n_keys, value_dim]; query head `h` uses KV head
+            `h // (n_heads // n_kv_heads)`. The heads may lie apart (a slice of a longer cache).
+        scaling: Factor on q . k, positive.
+        spans: Which rows belong together and which keys they see. None: all rows are the last ones of the keys.
+        sample: Whose best keys are kept. None: nobody's.
+        softcap: Bound of the logits, or None.
+        sliding_window: Keys a row sees, itself the last; 0: all since the start of its span.
+        impl: ``naive`` (the reference), ``blocked`` (CPU), ``triton`` (CUDA; on CPU tensors under
+            TRITON_INTERPRET=1), or ``auto``: what the device of the queries has.
+        threads: Of ``blocked``; 0: as many as torch uses. The result does not depend on it.
+
+    Raises:
+        ConfigError: Arguments that do not fit together, or an `impl` that cannot run here; names what can.
+    """
+    request = check_request(
+        queries, keys, values, spans=spans, sample=sample, scaling=scaling, softcap=softcap,
+        sliding_window=sliding_window, threads=threads,
+    )  # fmt: skip
+    device = queries.device.type
+    impl = _chosen("attention", device, impl, "blocked" if device == "cpu" else "triton", ATTENTION)
+    if impl == "blocked" and device != "cpu":
+        raise ConfigError("impl", impl, f"runs on the CPU, these tensors are on {device}; choose triton or naive")
+    with torch.no_grad():
+        return ATTENTION[impl](request)
 
 
 def topk(
@@ -63,13 +118,17 @@ def topk(
         )
     if query_positions.shape != queries.shape[1:2]:
         raise ConfigError("query_positions", tuple(query_positions.shape), "needs one position per query")
-    if impl == "auto":
-        impl = "blocked"
-        choice = (impl, queries.device.type)
-        if choice not in _logged_choices:
-            _logged_choices.add(choice)
-            _log.info("top-k on %s: %s", queries.device.type, impl)
-    if impl not in IMPLEMENTATIONS:
-        raise ConfigError("impl", impl, f"must be one of auto, {', '.join(IMPLEMENTATIONS)}")
+    impl = _chosen("top-k", queries.device.type, impl, "blocked", KNN)
     with torch.no_grad():
-        return IMPLEMENTATIONS[impl](queries, keys, query_positions, k=k, scaling=scaling, first_key=first, end_key=end)
+        return KNN[impl](queries, keys, query_positions, k=k, scaling=scaling, first_key=first, end_key=end)
+
+
+def _chosen(what: str, device: str, impl: str, best: str, known: dict[str, Callable[..., Any]]) -> str:
+    if impl == "auto":
+        impl = best
+        if (what, device, impl) not in _logged_choices:
+            _logged_choices.add((what, device, impl))
+            _log.info("%s on %s: %s", what, device, impl)
+    if impl not in known:
+        raise ConfigError("impl", impl, f"must be one of auto, {', '.join(known)}")
+    return impl

@@ -1,91 +1,173 @@
-"""Exact top-k in bounded memory: blocks of queries times blocks of keys, with a running best-k. torch only."""
+"""Causal attention on the CPU that also keeps the best keys of sampled rows: every score is computed once.
+
+A task takes the rows of one KV head (all query heads of its group) against blocks of 256 keys, six rows at a time:
+their scores stay in the first-level cache while a maximum, the sampled rows' best keys, exp and the sum of values are
+made of them (the online softmax of FlashAttention, arXiv 2205.14135, algorithm 1). A sampled row holds its k best in
+a heap; 16 scores are compared with the worst of them at once, and few pass. Memory beyond the result: a few hundred
+rows and 256 keys per thread. No row's result depends on which rows share its task, so a chunk changes nothing.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Measured on one CPU core at 8K-32K keys, head_dim 64, k 32-100: a score block of 4 MiB stays in cache and beats
-# 2,048 or 32,768 keys and 512 or 2,048 rows by up to 1.8x. A GPU wants more rows per launch.
-_ROWS_PER_BLOCK = {"cpu": 128, "cuda": 2048}
-_KEYS_PER_BLOCK = 8192
-_MIN_KEYS_TO_FOLD = 1024
+from rabatch.index.compiled import compiled, read_only, run_tasks
+from rabatch.index.machine import spread
+from rabatch.index.topk.base import Attended, Request, Span
+from rabatch.index.topk.best import push, ranked
+from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest
+
+BLOCK_KEYS = 256  # their keys and values, as float32, fit the second-level cache; 128 and 512 measured no faster
+_TASK_ROWS = 480  # rows over which a block's unpacking is shared; 192 to 768 are within the noise of each other
 
 
-def topk(
-    queries: Tensor,
-    keys: Tensor,
-    query_positions: Tensor,
-    *,
-    k: int,
-    scaling: float,
-    first_key: int,
-    end_key: int,
-    rows_per_block: int | None = None,
-    keys_per_block: int = _KEYS_PER_BLOCK,
-) -> tuple[Tensor, Tensor]:
-    """See `rabatch.index.topk.topk`. Among equal scores any key may be returned.
+def attend(request: Request) -> Attended:
+    """See `rabatch.index.topk.attention_topk`; for tensors on the CPU. Ties go to the lower id."""
+    queries, group = request.queries, request.group
+    n_heads, n_rows, _ = queries.shape
+    n_kv, n_keys, value_dim = request.values.shape
+    scaled = read_only((queries.float() * request.scaling).numpy())
+    keys, values = (_codes(states) for states in (request.keys, request.values))
+    slots = _slots(request.sample.rows, n_rows)
+    low, high = (read_only(bound.numpy()) for bound in (request.sample.low, request.sample.high))
+    out = np.zeros((n_rows, n_heads, value_dim), np.float32)
+    lse = np.full((n_heads, n_rows), -np.inf, np.float32)
+    shape = (n_heads, request.sample.rows.shape[1], request.sample.k)
+    scores, ids = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+    half = request.keys.dtype == torch.float16
+    window, softcap = request.sliding_window or n_keys + 1, np.float32(request.softcap or 0)
 
-    Memory beyond the result: O(rows_per_block * keys_per_block) float32; a row is one query of one head.
-    """
-    n_heads, n_queries, _ = queries.shape
-    n_kv = keys.shape[0]
-    group = n_heads // n_kv
-    device = queries.device
-    rows_per_block = rows_per_block or _ROWS_PER_BLOCK.get(device.type, _ROWS_PER_BLOCK["cpu"])
-    queries_per_block = max(rows_per_block // group, 1)
-    ids = torch.full((n_heads, n_queries, k), -1, dtype=torch.int32, device=device)
-    scores = torch.full((n_heads, n_queries, k), float("-inf"), device=device)
-    positions = query_positions.to(device)
-    limits = [
-        (int(block.min()), int(block.max())) if len(block) else (0, 0)
-        for block in query_positions.cpu().split(queries_per_block)
+    def work(head: int, span: Span, start: int, stop: int) -> None:
+        where = (head, group, start, stop, span.at + start - span.row_start, span.first_key, window)
+        _attend_rows(scaled, keys[head], values[head], half, *where, softcap, slots, low, high, scores, ids, out, lse)
+
+    step = max(1, _TASK_ROWS // group)
+    tasks = [
+        (head, span, start, min(start + step, span.row_stop))
+        for span in request.spans
+        for start in range(span.row_start, span.row_stop, step)
+        for head in range(n_kv)
     ]
-    for head in range(n_kv):
-        heads = slice(head * group, (head + 1) * group)
-        for block, (low, high) in enumerate(limits):
-            rows = slice(block * queries_per_block, min((block + 1) * queries_per_block, n_queries))
-            chunk = (queries[heads, rows].float() * scaling).flatten(0, 1)
-            best: tuple[Tensor, Tensor] | None = None
-            for start in range(first_key, min(end_key, high + 1), keys_per_block):
-                stop = min(start + keys_per_block, end_key, high + 1)
-                block_scores = chunk @ keys[head, start:stop].float().T
-                if stop - 1 > low:
-                    hidden = torch.arange(start, stop, device=device) > positions[rows, None]
-                    block_scores.view(group, -1, stop - start).masked_fill_(hidden, float("-inf"))
-                best = merge_topk(block_scores, k, start, best)
-            if best is not None:
-                found = best[0].shape[1]
-                shape = (group, rows.stop - rows.start, found)
-                scores[heads, rows, :found] = best[0].view(shape)
-                ids[heads, rows, :found] = best[1].view(shape).to(torch.int32)
-    return ids.masked_fill_(scores == float("-inf"), -1), scores
+    tasks.sort(key=lambda task: task[1].row_start - task[1].at - task[2])  # the rows that see most go first
+    run_tasks(work, tasks, threads=request.threads)
+    kept = ranked(torch.from_numpy(ids), torch.from_numpy(scores))
+    return Attended(torch.from_numpy(out).transpose(0, 1).to(queries.dtype), torch.from_numpy(lse), *kept)
 
 
-def merge_topk(scores: Tensor, k: int, start: int, best: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Merge the top-k of `scores` [rows, n] (ids from `start`) with `best` (scores, ids); sorted, at most k columns.
+def _codes(states: Tensor) -> list[np.ndarray]:
+    """The states of each KV head, [n_keys, dim]: float32, or the bits of 16-bit floats as uint16. No copy."""
+    bits = states if states.dtype == torch.float32 else states.view(torch.int16)
+    return [read_only(head.numpy() if head.dtype == torch.float32 else head.numpy().view(np.uint16)) for head in bits]
 
-    A row is folded into `n / fold` strided groups of `fold` columns: its k highest scores all lie in the k groups
-    with the highest maxima, so two small top-k calls replace a long one (3-6 times faster, exact).
-    """
-    n = scores.shape[1]
-    fold = 2
-    while fold < 32 and k * fold * fold * 2 < n:
-        fold *= 2
-    groups = n // fold
-    if n >= _MIN_KEYS_TO_FOLD and groups > 2 * k:
-        folded = scores[:, : groups * fold].unflatten(1, (fold, groups))
-        chosen = folded.amax(dim=1).topk(k, dim=1, sorted=False).indices
-        columns = (chosen[:, None, :] + groups * torch.arange(fold, device=scores.device)[:, None]).flatten(1)
-        if groups * fold < n:
-            rest = torch.arange(groups * fold, n, device=scores.device).expand(len(scores), -1)
-            columns = torch.cat([columns, rest], dim=1)
-        scores = scores.gather(1, columns)
-        columns = columns + start
-    else:
-        columns = torch.arange(start, start + n, device=scores.device).expand(len(scores), -1)
-    if best is not None:
-        scores = torch.cat([best[0], scores], dim=1)
-        columns = torch.cat([best[1], columns], dim=1)
-    top_scores, chosen = scores.topk(min(k, scores.shape[1]), dim=1)
-    return top_scores, columns.gather(1, chosen)
+
+def _slots(rows: Tensor, n_rows: int) -> np.ndarray:
+    """Where in the sample each row stands, int32 [1 or n_heads, n_rows]; -1 for the rows that are not in it."""
+    slots = torch.full((len(rows), n_rows + 1), -1, dtype=torch.int32)
+    ours = torch.arange(rows.shape[1], dtype=torch.int32).expand(rows.shape)
+    slots.scatter_(1, torch.where(rows < 0, n_rows, rows), ours)
+    return read_only(slots[:, :n_rows].numpy())
+
+
+@compiled
+def _attend_rows(  # type: ignore[no-untyped-def]
+    queries, keys, values, half, head, group, start, stop, at, first, window, softcap,
+    slots, low, high, scores, ids, out, lse,
+):  # fmt: skip
+    """Rows start .. stop - 1 of every query head of a group; row `start` stands at key `at`."""
+    dim, value_dim = keys.shape[1], values.shape[1]
+    wide = (value_dim + LANES - 1) // LANES * LANES
+    n = (stop - start) * group
+    n_strips = (n + TILE_ROWS - 1) // TILE_ROWS
+    ours = np.zeros(n_strips * TILE_ROWS * dim, np.float32)
+    for i in range(n):
+        for t in range(dim):
+            ours[i * dim + t] = queries[head * group + i % group, start + i // group, t]
+    sums = np.zeros(n_strips * TILE_ROWS * wide, np.float32)
+    best, total = np.full(n, np.float32(-np.inf)), np.zeros(n, np.float32)
+    found = np.zeros(n, np.int64)
+    panels_of_keys = np.zeros(BLOCK_KEYS * dim, np.float32)
+    block_values = np.zeros(BLOCK_KEYS * wide, np.float32)
+    lines, line = np.empty(TILE_ROWS * BLOCK_KEYS, np.float32), np.empty(BLOCK_KEYS, np.float32)
+    earliest = max(first, at - window + 1)
+    for begin in range(first + (earliest - first) // BLOCK_KEYS * BLOCK_KEYS, at + stop - start, BLOCK_KEYS):
+        end = min(begin + BLOCK_KEYS, at + stop - start)
+        for j in range(end - begin):  # 16 keys side by side, for products with one number of a query each
+            spread(panels_of_keys, j // LANES * LANES * dim + j % LANES, LANES, keys, begin + j, half)
+            spread(block_values, j * wide, 1, values, begin + j, half)
+        for top in range(0, n, TILE_ROWS):
+            seen = min(at + (min(top + TILE_ROWS, n) - 1) // group + 1, end) - begin
+            if seen <= 0 or at + top // group - window + 1 >= end:
+                continue
+            panels = (seen + LANES - 1) // LANES
+            for p in range(0, panels * LANES, LANES):
+                add_tile(ours, top * dim, dim, panels_of_keys, p * dim, LANES, lines, p, BLOCK_KEYS, dim, False)  # type: ignore[call-arg]
+            for r in range(TILE_ROWS):
+                i, row = top + r, r * BLOCK_KEYS
+                position = at + i // group - begin
+                from_, to = max(first - begin, position - window + 1, 0), min(position + 1, seen)
+                if i >= n or from_ >= to:
+                    lines[row : row + panels * LANES] = 0
+                    continue
+                lines[row : row + from_] = -np.inf
+                lines[row + to : row + panels * LANES] = -np.inf
+                query_head = head * group + i % group
+                map_ = min(query_head, slots.shape[0] - 1)
+                slot = slots[map_, start + i // group]
+                if slot >= 0 and low[map_, slot] < begin + to and high[map_, slot] > begin:
+                    best_scores, best_ids = scores[query_head, slot], ids[query_head, slot]
+                    limits = max(low[map_, slot] - begin, 0), min(high[map_, slot] - begin, to)
+                    found[i] = _keep_best(lines, row, begin, limits, best_scores, best_ids, found[i])
+                if softcap > 0:
+                    _soften(lines, row, panels, softcap, line)
+                highest = greatest(lines, row, panels)  # type: ignore[call-arg]
+                if highest > best[i]:
+                    factor = np.float32(np.exp(best[i] - highest))
+                    total[i] *= factor
+                    for t in range(i * wide, (i + 1) * wide):
+                        sums[t] *= factor
+                    best[i] = highest
+                total[i] += exp_minus(lines, row, panels, best[i])  # type: ignore[call-arg]
+                lines[row : row + from_] = 0
+                lines[row + to : row + panels * LANES] = 0
+            for t in range(0, wide, LANES):
+                add_tile(lines, 0, BLOCK_KEYS, block_values, t, wide, sums, top * wide + t, wide, seen, True)  # type: ignore[call-arg]
+    for i in range(n):
+        query_head, row = head * group + i % group, start + i // group
+        for t in range(value_dim):
+            out[row, query_head, t] = sums[i * wide + t] / total[i]
+        lse[query_head, row] = best[i] + np.log(total[i])
+
+
+@compiled
+def _keep_best(lines, row, begin, limits, scores, ids, found):  # type: ignore[no-untyped-def]
+    """Enter a row's scores from `limits` into its heap of the best; how many it then holds."""
+    k = scores.shape[0]
+    low, high = limits
+    bar = scores[0] if found == k else np.float32(-np.inf)
+    for panel in range(low // LANES * LANES, high, LANES):
+        bits = above(lines, row + panel, bar)  # type: ignore[call-arg]
+        t = panel
+        while bits:
+            if bits & 1 and low <= t < high and lines[row + t] > bar:
+                found = push(scores, ids, found, lines[row + t], begin + t)
+                if found == k:
+                    bar = scores[0]
+            bits >>= 1
+            t += 1
+    return found
+
+
+@compiled
+def _soften(lines, row, panels, softcap, line):  # type: ignore[no-untyped-def]
+    """Gemma 2: softcap * tanh(score / softcap), by tanh(x) = (1 - exp(-2x)) / (1 + exp(-2x)) for x >= 0."""
+    n = panels * LANES
+    for j in range(n):
+        line[j] = -2 * abs(lines[row + j]) / softcap
+    exp_minus(line, 0, panels, np.float32(0))  # type: ignore[call-arg]
+    for j in range(n):
+        x = softcap * (1 - line[j]) / (1 + line[j])
+        if lines[row + j] == -np.inf:
+            continue
+        lines[row + j] = x if lines[row + j] > 0 else -x

@@ -1,9 +1,11 @@
-"""Reference of the exact top-k: every score at once, a full sort. Clear, not fast."""
+"""References of the exact top-k and of the attention it comes with: every score at once, a full sort. Not fast."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rabatch.index.topk.base import Attended, Request
 
 
 def topk(
@@ -23,6 +25,34 @@ def topk(
     key_ids = torch.arange(keys.shape[1], device=keys.device)
     visible = (key_ids >= first_key) & (key_ids < end_key) & (key_ids <= query_positions[:, None].to(keys.device))
     scores = scores.masked_fill(~visible, float("-inf"))
+    return _best(scores, k)
+
+
+def attend(request: Request) -> Attended:
+    """See `rabatch.index.topk.attention_topk`. Ties go to the lower id."""
+    sample, device = request.sample, request.queries.device
+    n_heads, n_rows, _ = request.queries.shape
+    keys, values = (t.float().repeat_interleave(request.group, dim=0) for t in (request.keys, request.values))
+    products = request.scaling * (request.queries.float() @ keys.transpose(1, 2))
+    key_ids = torch.arange(keys.shape[1], device=device)
+    visible = torch.zeros((n_rows, keys.shape[1]), dtype=torch.bool, device=device)
+    for span in request.spans:
+        positions = torch.arange(span.row_stop - span.row_start, device=device)[:, None] + span.at
+        seen = (key_ids >= span.first_key) & (key_ids <= positions)
+        if request.sliding_window:
+            seen &= key_ids > positions - request.sliding_window
+        visible[span.row_start : span.row_stop] = seen
+    logits = products if request.softcap is None else request.softcap * torch.tanh(products / request.softcap)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    out = torch.nan_to_num(torch.softmax(logits, dim=-1)) @ values
+    rows, low, high = (t.expand(n_heads, -1) for t in (sample.rows, sample.low, sample.high))
+    of_rows = products.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, keys.shape[1]))
+    kept = visible[rows.clamp(min=0)] & (key_ids >= low[..., None]) & (key_ids < high[..., None])
+    ids, scores = _best(of_rows.masked_fill(~kept | (rows < 0)[..., None], float("-inf")), sample.k)
+    return Attended(out.to(request.queries.dtype), torch.logsumexp(logits, dim=-1), ids, scores)
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores, ids = scores.sort(dim=-1, descending=True, stable=True)
     scores, ids = scores[..., :k], ids[..., :k].to(torch.int32)
     missing = k - ids.shape[-1]

@@ -1,159 +1,101 @@
-"""The attention of a prefill: exact and causal, and for sampled queries also the keys they rank highest."""
+"""The attention of a prefill: exact and causal over one or several contexts; and sampled queries' best keys."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from collections.abc import Sequence
 
-from rabatch.attention.merge import dense_partial
+import torch
+from torch import Tensor
+
+from rabatch.attention.outbox import Outbox
+from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import AttentionCall
-from rabatch.index.topk import topk
+from rabatch.index.topk import Sample, Span, attention_topk
 
 
 class PrefillCapture:
-    """Computes the attention of a chunked prefill and keeps sampled queries: their top-k lists, and some vectors.
-
-    A query of a question will attend the static set besides the index, so a sampled context query at position
-    p ranks only keys that would be in the index for it: those from `sink_tokens` up to p - `window_tokens`.
+    """Computes the attention of a chunked prefill and gives each context what its sampled queries rank highest.
 
     Args:
-        context_tokens: Length of the whole context.
-        index_range: Rows that the key index will hold, [start, stop); empty: no lists are kept.
-        window_tokens: Recent tokens a sampled query ignores.
-        query_share: Share of the queries that are sampled, evenly spaced.
-        top_k: Keys kept per sampled query.
-        sample_vectors: Sampled queries per KV head, at most, whose vectors are kept too.
+        contexts: In the order in which their tokens follow each other; each attends itself only.
+        outbox: Brings results to the host.
+
+    Attributes:
+        chunk_start: Where the chunk of the next call starts in the row of all contexts' tokens.
+        windows: Native sliding window by layer, 0 for full attention; known after the first chunk.
     """
 
-    def __init__(
-        self,
-        *,
-        context_tokens: int,
-        index_range: tuple[int, int],
-        window_tokens: int,
-        query_share: float,
-        top_k: int,
-        sample_vectors: int,
-    ) -> None:
-        self.index_range = index_range
-        self.window_tokens = window_tokens
-        self.top_k = top_k
-        self.sample_vectors = sample_vectors
-        self.windows: dict[int, int] = {}
+    needs_mask = False
+
+    def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox) -> None:
+        self.contexts = list(contexts)
         self.chunk_start = 0
-        start, stop = index_range
-        first = min(start + window_tokens, context_tokens)
-        count = round((context_tokens - first) * query_share) if stop > start else 0
-        self.sampled = (
-            torch.linspace(first, context_tokens - 1, count).round().long().unique()
-            if count
-            else torch.empty(0, dtype=torch.long)
-        )
-        # By layer, of every chunk: [n_kv, query heads of the group, sampled positions, top_k or head_dim].
-        self._lists: dict[int, list[Tensor]] = {}
-        self._vectors: dict[int, list[Tensor]] = {}
+        self.windows: dict[int, int] = {}
+        self._outbox = outbox
 
     def attend(self, call: AttentionCall) -> Tensor:
         self.windows[call.layer] = call.sliding_window
-        if not call.sliding_window and len(self.sampled):
-            self._keep_sample(call)
-        return _causal_attention(call)
-
-    def lists(self, layer: int, head_start: int, head_stop: int) -> Tensor:
-        """Ranked keys of the sampled queries of all query heads of each KV head: int32 [heads, n_lists, top_k].
-
-        Ids count from the start of the index; -1 pads. Ordered by (chunk, query head, position), as they were found.
-        """
-        chunks = self._lists.get(layer)
-        if not chunks:
-            return torch.empty((head_stop - head_start, 0, self.top_k), dtype=torch.int32)
-        return torch.cat([chunk[head_start:head_stop].flatten(1, 2) for chunk in chunks], dim=1)
-
-    def sample(self, layer: int, head_start: int, head_stop: int) -> tuple[Tensor, Tensor]:
-        """The same lists in an order that no chunk changes, and the vectors behind the first of them.
-
-        Queries whose vectors are kept come first, then the others, both ordered by (query head, position). Complete
-        once the whole context was attended.
-
-        Returns:
-            lists: int32 [heads, n_lists, top_k].
-            queries: [heads, n_vectors, head_dim], in the model's compute dtype, rotated, unscaled: what was scored.
-        """
-        chunks = self._lists.get(layer)
-        if not chunks:
-            heads = head_stop - head_start
-            return torch.empty((heads, 0, self.top_k), dtype=torch.int32), torch.empty((heads, 0, 0))
-        lists = torch.cat([chunk[head_start:head_stop] for chunk in chunks], dim=2)
-        queries = torch.cat([chunk[head_start:head_stop] for chunk in self._vectors[layer]], dim=2)
-        known = self.has_vector(lists.shape[1])
-        parts = [lists[:, :, rows].flatten(1, 2) for rows in (known, ~known)]
-        return torch.cat(parts, dim=1), queries.flatten(1, 2)
-
-    def has_vector(self, group: int) -> Tensor:
-        """Which sampled positions keep the vectors of their `group` query heads: bool [n_sampled], evenly spread."""
-        n_sampled = len(self.sampled)
-        count = min(self.sample_vectors // group, n_sampled)
-        known = torch.zeros(n_sampled, dtype=torch.bool)
-        if count:
-            known[(2 * torch.arange(count) + 1) * n_sampled // (2 * count)] = True  # the middles of equal stretches
-        return known
-
-    def _keep_sample(self, call: AttentionCall) -> None:
-        q_tokens = call.query.shape[2]
-        in_chunk = (self.sampled >= self.chunk_start) & (self.sampled < self.chunk_start + q_tokens)
-        chosen = self.sampled[in_chunk]
-        if not len(chosen):
-            return
-        n_kv, n_keys = call.key.shape[1], call.key.shape[2]
-        start, stop = self.index_range
-        device = call.query.device
-        queries = call.query[0].index_select(1, (chosen - self.chunk_start).to(device))
-        ids, _ = topk(
-            queries,
+        stretches = self._stretches(call.query.shape[2])
+        sampling = not call.sliding_window
+        found = attention_topk(
+            call.query[0],
             call.key[0],
-            (chosen - self.window_tokens).to(device),
-            k=self.top_k,
+            call.value[0],
             scaling=call.scaling,
-            key_range=(min(start, n_keys), min(stop, n_keys)),
+            spans=[span for span, _, _ in stretches],
+            sample=self._sample(stretches) if sampling else None,
+            softcap=call.softcap,
+            sliding_window=call.sliding_window,
         )
-        local = torch.where(ids >= 0, ids - start, ids).to("cpu", torch.int32)
-        self._lists.setdefault(call.layer, []).append(local.unflatten(0, (n_kv, -1)))
-        grouped = queries.unflatten(0, (n_kv, -1))
-        known = self.has_vector(grouped.shape[1])[in_chunk].nonzero()[:, 0]
-        self._vectors.setdefault(call.layer, []).append(grouped.index_select(2, known.to(device)).cpu())
+        if sampling:
+            self._keep(call, stretches, found.ids)
+        return found.out.transpose(0, 1)[None]
 
+    def _stretches(self, n_rows: int) -> list[tuple[Span, ContextSample, Tensor]]:
+        """The contexts that have tokens in the chunk: where, and which of their sampled positions lie there."""
+        stretches = []
+        first_key = 0
+        for context in self.contexts:
+            start = max(self.chunk_start, first_key)
+            stop = min(self.chunk_start + n_rows, first_key + context.context_tokens)
+            if start < stop:
+                span = Span(start - self.chunk_start, stop - self.chunk_start, first_key, start)
+                stretches.append((span, context, context.between(start - first_key, stop - first_key)))
+            first_key += context.context_tokens
+        return stretches
 
-class _Module(nn.Module):
-    """What `sdpa_attention_forward` reads of a module."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.num_key_value_groups = groups
-        self.is_causal = True
-
-
-def _causal_attention(call: AttentionCall) -> Tensor:
-    groups = call.query.shape[1] // call.key.shape[1]
-    if call.softcap is None:
-        out, _ = sdpa_attention_forward(
-            _Module(groups), call.query, call.key, call.value, call.mask, scaling=call.scaling
+    def _sample(self, stretches: list[tuple[Span, ContextSample, Tensor]]) -> Sample | None:
+        """Positions within contexts as rows of the chunk and keys of the cache."""
+        rows, low, high = (
+            torch.cat(parts)
+            for parts in zip(
+                *(
+                    (
+                        context.positions[chosen] + span.first_key - self.chunk_start,
+                        context.low[chosen] + span.first_key,
+                        context.high[chosen] + span.first_key,
+                    )
+                    for span, context, chosen in stretches
+                ),
+                strict=True,
+            )
         )
-        return out
-    batch, heads, q_tokens, dim = call.query.shape
-    kv_tokens = call.key.shape[2]
-    mask = call.mask
-    if mask is None:
-        mask = torch.ones(q_tokens, kv_tokens, dtype=torch.bool, device=call.query.device).tril(kv_tokens - q_tokens)
-        mask = mask[None, None]
-    grouped = call.query.reshape(batch, heads // groups, groups * q_tokens, dim)
-    partial = dense_partial(
-        grouped,
-        call.key,
-        call.value,
-        scaling=call.scaling,
-        softcap=call.softcap,
-        mask=mask.repeat(1, 1, groups, 1) if mask.shape[-2] > 1 else mask,
-    )
-    out = partial.out.reshape(batch, heads, q_tokens, -1).transpose(1, 2)
-    return out.to(call.query.dtype)
+        return Sample(rows, low, high, stretches[0][1].top_k) if len(rows) else None
+
+    def _keep(self, call: AttentionCall, stretches: list[tuple[Span, ContextSample, Tensor]], ids: Tensor) -> None:
+        n_kv = call.key.shape[1]
+        group = call.query.shape[1] // n_kv
+        done = 0
+        for span, context, chosen in stretches:
+            count = int(chosen.sum())
+            if not count:
+                continue
+            lists = ids[:, done : done + count]
+            with_vector = context.positions[chosen & context.has_vector(group)] + span.first_key - self.chunk_start
+            vectors = call.query[0].index_select(1, with_vector.to(call.query.device))
+            context.add(
+                call.layer,
+                self._outbox.send(torch.where(lists < 0, lists, lists - span.first_key).unflatten(0, (n_kv, group))),
+                self._outbox.send(vectors.unflatten(0, (n_kv, group))),
+            )
+            done += count

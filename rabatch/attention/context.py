@@ -79,6 +79,8 @@ class QuestionAttention:
         """Context keys attended / context keys, [batch]: mean over queries, query heads and full-attention layers."""
         return self.attended / np.maximum(self.queries, 1) / max(self.context_tokens, 1)
 
+    needs_mask = True
+
     def attend(self, call: AttentionCall) -> Tensor:
         batch, heads, q_tokens, dim = call.query.shape
         n_kv = call.key.shape[1]

@@ -49,7 +49,13 @@ class AttentionCall:
 
 
 class Attending(Protocol):
-    """Whoever computes attention while it is active."""
+    """Whoever computes attention while it is active.
+
+    Attributes:
+        needs_mask: Whether transformers should make the mask of the call; a chunk's is as large as chunk times context.
+    """
+
+    needs_mask: bool
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Returns [batch, q_tokens, n_query_heads, head_dim] in the query's dtype."""
@@ -102,5 +108,10 @@ def _attention(
     return session.attend(call), None
 
 
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    session = _active.get()
+    return None if session is not None and not session.needs_mask else sdpa_mask(*args, **kwargs)
+
+
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabatch.errors import ConfigError
-from rabatch.index.topk import IMPLEMENTATIONS, blocked, topk
+from rabatch.index.topk import KNN, knn, topk
 
-FAST = [name for name in IMPLEMENTATIONS if name != "naive"]
+FAST = [name for name in KNN if name != "naive"]
 
 
 def vectors(n_heads, n_kv, n_queries, n_keys, dim=16, dtype=torch.float32, seed=0):
@@ -73,7 +73,7 @@ def test_blocks_do_not_matter(data):
     if data.draw(st.booleans()):
         queries, keys = queries.round(), keys.round()  # many ties
     positions = torch.tensor(data.draw(st.lists(st.integers(0, n_keys), min_size=n_queries, max_size=n_queries)))
-    found = blocked.topk(
+    found = knn.topk(
         queries, keys, positions, k=k, scaling=1.0, first_key=first, end_key=end,
         rows_per_block=data.draw(st.integers(1, 64)), keys_per_block=data.draw(st.integers(1, 4000)),
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_blocks_do_not_matter(data):
     assert_same(found, expected, queries, keys)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", KNN)
 def test_causal_and_range(impl):
     queries, keys = vectors(2, 1, 4, 10)
     ids, scores = topk(queries, keys, torch.tensor([0, 3, 5, 9]), k=10, key_range=(2, 8), impl=impl)

@@ -16,7 +16,7 @@ from rabatch.decode import OpenContext
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import content_digest, make_manifest, store_unit
 from rabatch.loading import LoadedModel
-from rabatch.prefill import prefill_units
+from rabatch.prefill import encode, prefill_units
 from rabatch.storage.manifest import Manifest, fingerprint_of
 from rabatch.storage.store import IndexStore
 
@@ -28,7 +28,7 @@ def store_document(
     fields = index_fields(loaded.config, build)
     fingerprint = fingerprint_of(fields)
     attempt = store.new_attempt()
-    units = list(prefill_units(loaded, document_id, text, build))
+    units = [unit for _, unit in prefill_units(loaded, [encode(loaded, document_id, text)], build)]
     parts = [
         store_unit(store, unit, build, document_id=document_id, fingerprint=fingerprint, attempt=attempt)[0]
         for unit in units

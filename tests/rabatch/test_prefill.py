@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from rabatch import prefill
-from rabatch.attention.capture import PrefillCapture
+from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import AttentionCall, attending
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import answer_batch, open_context
@@ -46,83 +46,76 @@ def text() -> str:
     return str(generate_document(document_id="d", tokens=500, n_questions=1, seed=3)[0]["text"])
 
 
+def units_of(loaded: LoadedModel, text: str, build: BuildConfig) -> list[Unit]:
+    return [unit for _, unit in prefill_units(loaded, [prefill.encode(loaded, "d", text)], build)]
+
+
 def dense_calls(loaded: LoadedModel, context: EncodedContext) -> dict[int, AttentionCall]:
     """Queries and keys of every layer, from one unchunked pass."""
     calls: dict[int, AttentionCall] = {}
 
-    class Recorder(PrefillCapture):
+    class Recorder:
+        needs_mask = True
+
         def attend(self, call: AttentionCall) -> torch.Tensor:
             calls[call.layer] = call
-            return super().attend(call)
+            keys, values = (t.repeat_interleave(call.query.shape[1] // t.shape[1], 1) for t in (call.key, call.value))
+            attended = scaled_dot_product_attention(
+                call.query, keys, values, attn_mask=call.mask, is_causal=call.mask is None, scale=call.scaling
+            )
+            return attended.transpose(1, 2)
 
-    nothing: dict[str, Any] = {"window_tokens": 0, "query_share": 0.1, "top_k": 1, "sample_vectors": 0}
-    recorder = Recorder(context_tokens=len(context), index_range=(0, 0), **nothing)
-    with torch.inference_mode(), attending(recorder):
+    with torch.inference_mode(), attending(Recorder()):
         loaded.model(torch.from_numpy(context.token_ids).long()[None])
     return calls
 
 
-def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text: str) -> None:
+@pytest.mark.parametrize("build", [BUILD, SOME], ids=["all", "some"])
+def test_lists_are_the_top_keys_of_the_sampled_queries(loaded: LoadedModel, text: str, build: BuildConfig) -> None:
     """Every list is compared, by score, with the ranking that the queries of one unchunked pass give."""
     context = prefill.encode(loaded, "d", text)
-    _cache, capture = run(loaded, context, BUILD)
-    calls = dense_calls(loaded, context)
-    start, stop = index_range(len(context), BUILD)
-    sampled = capture.sampled
-    assert len(sampled) == pytest.approx(0.3 * (len(context) - start - BUILD.window_tokens), abs=2)
-    for layer, call in calls.items():
+    sample = run(loaded, [context], build)[1].contexts[0]
+    start, stop = index_range(len(context), build)
+    assert len(sample.positions) == pytest.approx(0.3 * (len(context) - start - build.window_tokens), abs=2)
+    for layer, call in dense_calls(loaded, context).items():
         n_kv = call.key.shape[1]
         group = call.query.shape[1] // n_kv
-        lists = capture.lists(layer, 0, n_kv)
-        found_all = lists.reshape(n_kv, -1, BUILD.query_top_k)
-        # chunks are concatenated: within a chunk the rows are (group, query)
-        rows = []
-        for first in range(0, len(context), BUILD.prefill_chunk_tokens):
-            chosen = sampled[(sampled >= first) & (sampled < first + BUILD.prefill_chunk_tokens)]
-            rows += [(g, int(p)) for g in range(group) for p in chosen]
-        assert len(rows) == found_all.shape[1]
+        known = sample.has_vector(group)
+        rows = [(g, p) for some in (known, ~known) for g in range(group) for p in sample.positions[some].tolist()]
+        lists, _ = sample.of_heads(layer, 0, n_kv)
+        assert lists.shape == (n_kv, len(rows), build.query_top_k)
         for head in range(n_kv):
-            for (g, position), found in zip(rows, found_all[head], strict=True):
-                visible = call.key[0, head, start : min(stop, position - BUILD.window_tokens + 1)]
+            for (g, position), found in zip(rows, lists[head], strict=True):
+                visible = call.key[0, head, start : min(stop, position - build.window_tokens + 1)]
                 scores = visible @ call.query[0, head * group + g, position]
-                best = scores.sort(descending=True).values[: BUILD.query_top_k]
+                best = scores.sort(descending=True).values[: build.query_top_k]
                 mine = scores[found[found >= 0].long()]
                 torch.testing.assert_close(mine, best, atol=1e-3, rtol=1e-4)
                 assert len(set(found[found >= 0].tolist())) == int((found >= 0).sum()) == len(best)
 
 
 @pytest.mark.parametrize("build", [BUILD, SOME], ids=["all", "some"])
-def test_vectors_belong_to_the_first_lists(loaded: LoadedModel, text: str, build: BuildConfig) -> None:
-    """A vector is that of the unchunked pass at its place, and its list holds the best keys a window before it."""
+def test_vectors_are_those_of_the_first_lists(loaded: LoadedModel, text: str, build: BuildConfig) -> None:
+    """A vector is that of the unchunked pass at its place."""
     context = prefill.encode(loaded, "d", text)
-    _cache, capture = run(loaded, context, build)
-    start, stop = index_range(len(context), build)
+    sample = run(loaded, [context], build)[1].contexts[0]
     for layer, call in dense_calls(loaded, context).items():
         n_kv = call.key.shape[1]
         group = call.query.shape[1] // n_kv
-        positions = capture.sampled[capture.has_vector(group)]
-        lists, queries = capture.sample(layer, 0, n_kv)
-        n_vectors = min(build.sample_vectors // group, len(capture.sampled)) * group
+        positions = sample.positions[sample.has_vector(group)]
+        _, queries = sample.of_heads(layer, 0, n_kv)
+        n_vectors = min(build.sample_vectors // group, len(sample.positions)) * group
         assert queries.shape == (n_kv, n_vectors, call.query.shape[3])
         for head in range(n_kv):
             of_group = call.query[0, head * group : (head + 1) * group]
             torch.testing.assert_close(queries[head], of_group[:, positions].flatten(0, 1), atol=1e-4, rtol=1e-4)
-            for row, position in enumerate(positions.repeat(group).tolist()):
-                visible = call.key[0, head, start : min(stop, position - build.window_tokens + 1)]
-                scores = visible @ queries[head, row]
-                found = lists[head, row][lists[head, row] >= 0].long()
-                best = scores.sort(descending=True).values[: build.query_top_k]
-                torch.testing.assert_close(scores[found], best, atol=1e-3, rtol=1e-4)
-        captured = capture.lists(layer, 0, n_kv)
-        for head in range(n_kv):
-            assert sorted(lists[head].tolist()) == sorted(captured[head].tolist())
 
 
 @pytest.mark.parametrize(
     ("sample_vectors", "group", "expected"), [(50, 2, 25), (51, 2, 25), (1, 2, 0), (0, 1, 0), (10**6, 4, 296)]
 )
 def test_vectors_are_spread_evenly(sample_vectors: int, group: int, expected: int) -> None:
-    capture = PrefillCapture(
+    sample = ContextSample(
         context_tokens=1000,
         index_range=(4, 990),
         window_tokens=10,
@@ -130,10 +123,10 @@ def test_vectors_are_spread_evenly(sample_vectors: int, group: int, expected: in
         top_k=4,
         sample_vectors=sample_vectors,
     )
-    rows = capture.has_vector(group).nonzero()[:, 0]
+    rows = sample.has_vector(group).nonzero()[:, 0]
     assert len(rows) == expected
     if expected:
-        edges = torch.cat([-rows[:1] - 1, rows, 2 * len(capture.sampled) - rows[-1:]])
+        edges = torch.cat([-rows[:1] - 1, rows, 2 * len(sample.positions) - rows[-1:]])
         assert edges.diff().max() - edges.diff().min() <= 2
 
 
@@ -143,15 +136,16 @@ def test_chunk_size_does_not_change_the_sample(loaded: LoadedModel, text: str, c
     text = text[:900] if chunk == 1 else text
     context = prefill.encode(loaded, "d", text)
     for build in (BUILD, SOME):
-        _, one = run(loaded, context, build)
-        cache, other = run(loaded, context, dataclasses.replace(build, prefill_chunk_tokens=chunk))
+        one = run(loaded, [context], build)[1].contexts[0]
+        cache, capture = run(loaded, [context], dataclasses.replace(build, prefill_chunk_tokens=chunk))
+        other = capture.contexts[0]
         n_kv = loaded.geometry.n_kv_heads
         for layer in range(loaded.geometry.n_layers):
-            (lists, queries), (other_lists, other_queries) = one.sample(layer, 0, n_kv), other.sample(layer, 0, n_kv)
+            (lists, queries), (other_lists, other_queries) = (found.of_heads(layer, 0, n_kv) for found in (one, other))
             assert 0 < queries.shape[1] <= build.sample_vectors
             torch.testing.assert_close(queries, other_queries, atol=1e-4, rtol=1e-4)
             assert torch.equal(lists < 0, other_lists < 0)
-            keys = cache.states(layer)[0][:, build.sink_tokens :]
+            keys = cache.layers[layer].keys[0, :, build.sink_tokens :]
             scores = queries @ keys.transpose(1, 2)
             mine, theirs = (
                 scores.gather(2, ids[:, : queries.shape[1]].clamp_min(0).long()) for ids in (lists, other_lists)
@@ -165,10 +159,10 @@ def test_units_carry_everything_once(
     loaded: LoadedModel, text: str, build: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Split into single heads or whole layers: the same keys, values, lists and vectors."""
-    whole = list(prefill_units(loaded, "d", text, build))
+    whole = units_of(loaded, text, build)
     head_bytes = sum(len(whole[1][name]) for name in ("keys", "values", "lists", "queries"))
     monkeypatch.setattr(prefill, "MAX_UNIT_BYTES", 2 * head_bytes // loaded.geometry.n_kv_heads - 1)
-    single = list(prefill_units(loaded, "d", text, build))
+    single = units_of(loaded, text, build)
     shape = loaded.geometry
     assert len(whole) == whole[0]["n_units"] == 1 + shape.n_layers
     assert len(single) == single[0]["n_units"] == 1 + shape.n_layers * shape.n_kv_heads
@@ -190,7 +184,7 @@ def test_units_carry_everything_once(
 
 
 def test_blocks_are_ready_to_search(loaded: LoadedModel, text: str) -> None:
-    for unit in list(prefill_units(loaded, "d", text, BUILD))[1:]:
+    for unit in units_of(loaded, text, BUILD)[1:]:
         block = layer_block(unit, BUILD)
         start, stop = index_range(unit["context_tokens"], BUILD)
         assert block.neighbors is not None
@@ -212,7 +206,7 @@ def sample_of(unit: Unit, build: BuildConfig) -> tuple[np.ndarray, np.ndarray, n
 
 def test_graphs_are_made_of_lists_and_vectors_of_the_same_queries(loaded: LoadedModel, text: str) -> None:
     """Also where a query saw no key of the index: its list and its vector go, and no other."""
-    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    unit = units_of(loaded, text, SOME)[1]
     keys, lists, queries = sample_of(unit, SOME)
     assert 8 < len(queries[0]) < len(lists[0]) - 1
     lists, empty = lists.copy(), [1, 7, len(lists[0]) - 1]
@@ -228,7 +222,7 @@ def test_graphs_are_made_of_lists_and_vectors_of_the_same_queries(loaded: Loaded
 
 
 def test_threads_do_not_change_graphs(loaded: LoadedModel, text: str) -> None:
-    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    unit = units_of(loaded, text, SOME)[1]
     one, two = layer_block(unit, SOME), layer_block(unit, SOME, threads=2)
     assert one.neighbors is not None
     assert two.neighbors is not None
@@ -238,9 +232,9 @@ def test_threads_do_not_change_graphs(loaded: LoadedModel, text: str) -> None:
 def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None:
     """No vector travels, another graph under another fingerprint comes out, and it answers."""
     bare = dataclasses.replace(BUILD, sample_vectors=0)
-    units = list(prefill_units(loaded, "d", text, bare))
+    units = units_of(loaded, text, bare)
     assert all(unit["queries"] == b"" for unit in units)
-    plain, aligned = layer_block(units[1], bare), layer_block(list(prefill_units(loaded, "d", text, BUILD))[1], BUILD)
+    plain, aligned = layer_block(units[1], bare), layer_block(units_of(loaded, text, BUILD)[1], BUILD)
     assert aligned.neighbors is not None
     assert plain.neighbors is not None
     assert (aligned.neighbors != plain.neighbors).any()
@@ -256,7 +250,7 @@ def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None
 
 
 def test_a_prefill_that_overflowed_is_named(loaded: LoadedModel, text: str) -> None:
-    unit = list(prefill_units(loaded, "d", text, SOME))[1]
+    unit = units_of(loaded, text, SOME)[1]
     for name, dtype in (("queries", torch.float32), ("keys", torch.bfloat16)):
         states = torch.frombuffer(bytearray(unit[name]), dtype=dtype).clone()
         states[len(states) // 3] = torch.inf  # not in the static set
@@ -300,12 +294,4 @@ def test_a_layer_split_by_heads_is_read_whole(
 def test_over_the_models_context(loaded: LoadedModel) -> None:
     short = dataclasses.replace(loaded, max_context_tokens=512)
     with pytest.raises(DocumentError, match="split the document"):
-        list(prefill_units(short, "long", "The mill is old. " * 200, BUILD))
-
-
-def test_memory_of_lists_does_not_depend_on_the_chunk(loaded: LoadedModel, text: str) -> None:
-    context = prefill.encode(loaded, "d", text)
-    _, small = run(loaded, context, BUILD)
-    _, large = run(loaded, context, dataclasses.replace(BUILD, prefill_chunk_tokens=4096))
-    for layer in range(loaded.geometry.n_layers):
-        assert small.lists(layer, 0, 1).shape == large.lists(layer, 0, 1).shape
+        prefill.encode(short, "long", "The mill is old. " * 200)
