@@ -115,33 +115,31 @@ def _add_scaled(out, codes, head, key, weight, half):  # type: ignore[no-untyped
     return bits
 
 
-def spread(out: np.ndarray, at: int, step: int, codes: np.ndarray, key: int, half: bool) -> None:
-    """Write the numbers of `codes[key]` to `out[at]`, `out[at + step]`, ..., for kernels.
+def spread(out: np.ndarray, at: int, step: int, codes: np.ndarray, head: int, key: int, half: bool) -> None:
+    """Write the numbers of `codes[head, key]` to `out[at]`, `out[at + step]`, ...; codes as of `dot`.
 
     Args:
         out: One-dimensional, float32.
-        codes: [n_keys, dim]: float32, or the bits of 16-bit floats as uint16.
-        half: Whether bits are IEEE float16; else they are bfloat16.
     """
-    numbers = _numbers(codes[key], half)
+    numbers = _numbers(codes[head, key], half)
     out[at : at + step * len(numbers) : step] = numbers
 
 
 @overload(spread, jit_options={"fastmath": FAST})  # type: ignore[misc]
-def _spread(out, at, step, codes, key, half):  # type: ignore[no-untyped-def]
+def _spread(out, at, step, codes, head, key, half):  # type: ignore[no-untyped-def]
     if codes.dtype != types.uint16:
 
-        def number(out, at, step, codes, key, half):  # type: ignore[no-untyped-def]
-            for t in range(codes.shape[1]):
-                out[at + t * step] = codes[key, t]
+        def number(out, at, step, codes, head, key, half):  # type: ignore[no-untyped-def]
+            for t in range(codes.shape[2]):
+                out[at + t * step] = codes[head, key, t]
 
         return number
 
-    def bits(out, at, step, codes, key, half):  # type: ignore[no-untyped-def]
-        for t in range(codes.shape[1]):
+    def bits(out, at, step, codes, head, key, half):  # type: ignore[no-untyped-def]
+        for t in range(codes.shape[2]):
             if half:
-                out[at + t * step] = _float16(codes[key, t])  # type: ignore[call-arg]
+                out[at + t * step] = _float16(codes[head, key, t])  # type: ignore[call-arg]
             else:
-                out[at + t * step] = _bfloat16(codes[key, t])  # type: ignore[call-arg]
+                out[at + t * step] = _bfloat16(codes[head, key, t])  # type: ignore[call-arg]
 
     return bits

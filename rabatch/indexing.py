@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
 from rabatch.config import BuildConfig
+from rabatch.errors import KeysError
 from rabatch.index.base import QuerySample
 from rabatch.index.graph import build_layer
 from rabatch.storage.manifest import Manifest, Part, utc_now
@@ -21,12 +23,16 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
     """Keys, values and, for a full-attention layer of a graph index, one graph per KV head.
 
     Raises:
-        KeysError: Keys or sampled queries are not finite: the prefill overflowed.
+        KeysError: Keys, values or sampled queries are not finite: the prefill overflowed.
     """
     geometry = read_geometry(unit["geometry"])
     heads = unit["head_stop"] - unit["head_start"]
     keys = unit_tensor(unit["keys"], geometry.kv_dtype, heads, geometry.head_dim)
     values = unit_tensor(unit["values"], geometry.kv_dtype, heads, geometry.head_dim)
+    for name, states in (("keys", keys), ("values", values)):
+        if not torch.isfinite(states).all():
+            fix = "must be finite; the prefill overflowed, choose another dtype for the model"
+            raise KeysError(f"{name} of layer {unit['layer']}", "not finite", fix)
     n_tokens, rows = unit["context_tokens"], keys.shape[1]
     neighbors = entries = None
     start, stop = index_range(n_tokens, build)

@@ -165,5 +165,7 @@ def _checked_sample(sample: Sample | None, queries: Tensor) -> Sample:
     in_order = rows.sort(dim=1).values
     if (in_order.diff(dim=1).eq(0) & (in_order[:, 1:] >= 0)).any():
         raise ConfigError("sample.rows", "a row twice", "must name each row of a head at most once")
-    moved = [t.reshape(rows.shape).to(queries.device, torch.int64) for t in (sample.rows, sample.low, sample.high)]
-    return Sample(*moved, sample.k)
+    rows, low, high = (
+        t.reshape(rows.shape).to(queries.device, torch.int64) for t in (sample.rows, sample.low, sample.high)
+    )
+    return Sample(rows, low, high, sample.k)

@@ -1,4 +1,4 @@
-"""The k best of a stream of scores: a heap, and its order once the stream has ended."""
+"""The k best of a stream of scores in a heap, and lists of them in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 from rabatch.index.compiled import compiled
+
+
+@compiled
+def _worse(scores, ids, a, b):  # type: ignore[no-untyped-def]
+    """Whether place `a` holds less than place `b`: a lower score or, with an equal one, a higher id."""
+    return scores[a] < scores[b] or (scores[a] == scores[b] and ids[a] > ids[b])
+
+
+@compiled
+def _swap(scores, ids, a, b):  # type: ignore[no-untyped-def]
+    scores[a], scores[b] = scores[b], scores[a]
+    ids[a], ids[b] = ids[b], ids[a]
+
+
+@compiled
+def _sink(scores, ids, n):  # type: ignore[no-untyped-def]
+    """Let the root of a heap of `n` go down to where it belongs."""
+    at = 0
+    while 2 * at + 1 < n:
+        below = 2 * at + 1
+        if below + 1 < n and _worse(scores, ids, below + 1, below):
+            below += 1
+        if not _worse(scores, ids, below, at):
+            break
+        _swap(scores, ids, at, below)
+        at = below
 
 
 @compiled
@@ -18,34 +44,28 @@ def push(scores, ids, found, score, key):  # type: ignore[no-untyped-def]
     Returns:
         How many are filled then. With k filled, the worst goes; the caller has seen to it that it is worse.
     """
-    k = scores.shape[0]
-    if found < k:
-        at = found
-        while at > 0:
-            above = (at - 1) // 2
-            if scores[above] < score or (scores[above] == score and ids[above] > key):
-                break
-            scores[at], ids[at] = scores[above], ids[above]
-            at = above
-        scores[at], ids[at] = score, key
-        return found + 1
-    at = 0
-    while 2 * at + 1 < k:
-        below = 2 * at + 1
-        if below + 1 < k and (
-            scores[below + 1] < scores[below] or (scores[below + 1] == scores[below] and ids[below + 1] > ids[below])
-        ):
-            below += 1
-        if score < scores[below] or (score == scores[below] and key > ids[below]):
-            break
-        scores[at], ids[at] = scores[below], ids[below]
-        at = below
-    scores[at], ids[at] = score, key
-    return found
+    if found == scores.shape[0]:
+        scores[0], ids[0] = score, key
+        _sink(scores, ids, found)
+        return found
+    scores[found], ids[found] = score, key
+    at = found
+    while at > 0 and _worse(scores, ids, at, (at - 1) // 2):
+        _swap(scores, ids, at, (at - 1) // 2)
+        at = (at - 1) // 2
+    return found + 1
+
+
+@compiled
+def rank(scores, ids, found):  # type: ignore[no-untyped-def]
+    """Turn a heap of `found` into a list with the best first and, among equals, the lower id."""
+    for n in range(found - 1, 0, -1):
+        _swap(scores, ids, 0, n)
+        _sink(scores, ids, n)
 
 
 def ranked(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, scores) [..., k] with the best first and, among equals, the lower id; unfilled places last."""
+    """(ids, scores) [..., k] in any order, brought in order as by `rank`; unfilled places last."""
     by_id = torch.where(ids < 0, torch.iinfo(ids.dtype).max, ids).argsort(dim=-1)
     ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
     order = scores.argsort(dim=-1, descending=True, stable=True)

@@ -1,10 +1,11 @@
 """Causal attention on the CPU that also keeps the best keys of sampled rows: every score is computed once.
 
 A task takes the rows of one KV head (all query heads of its group) against blocks of 256 keys, six rows at a time:
-their scores stay in the first-level cache while a maximum, the sampled rows' best keys, exp and the sum of values are
-made of them (the online softmax of FlashAttention, arXiv 2205.14135, algorithm 1). A sampled row holds its k best in
-a heap; 16 scores are compared with the worst of them at once, and few pass. Memory beyond the result: a few hundred
-rows and 256 keys per thread. No row's result depends on which rows share its task, so a chunk changes nothing.
+their scores stay in the first-level cache while maxima, exp and the sum of values are made of them (the online
+softmax of FlashAttention, arXiv 2205.14135, algorithm 1). A sampled row holds its k best in a heap; 16 scores are
+compared with the worst of them at once, and few pass. Keeping a maximum per group of keys and scoring the best groups
+again was measured too, and lost (docs/prefill.md). Memory beyond the result: a few hundred rows and 256 keys per
+thread. No row's result depends on which rows share its task, so a chunk changes nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import spread
 from rabatch.index.topk.base import Attended, Request, Span
-from rabatch.index.topk.best import push, ranked
-from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest
+from rabatch.index.topk.best import push, rank
+from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest, lowest_bit
 
 BLOCK_KEYS = 256  # their keys and values, as float32, fit the second-level cache; 128 and 512 measured no faster
 _TASK_ROWS = 480  # rows over which a block's unpacking is shared; 192 to 768 are within the noise of each other
@@ -52,14 +53,15 @@ def attend(request: Request) -> Attended:
     ]
     tasks.sort(key=lambda task: task[1].row_start - task[1].at - task[2])  # the rows that see most go first
     run_tasks(work, tasks, threads=request.threads)
-    kept = ranked(torch.from_numpy(ids), torch.from_numpy(scores))
-    return Attended(torch.from_numpy(out).transpose(0, 1).to(queries.dtype), torch.from_numpy(lse), *kept)
+    attended = torch.from_numpy(out).transpose(0, 1).to(queries.dtype)
+    return Attended(attended, *(torch.from_numpy(array) for array in (lse, ids, scores)))
 
 
 def _codes(states: Tensor) -> list[np.ndarray]:
-    """The states of each KV head, [n_keys, dim]: float32, or the bits of 16-bit floats as uint16. No copy."""
+    """The states of each KV head, [1, n_keys, dim]: float32, or the bits of 16-bit floats as uint16. No copy."""
     bits = states if states.dtype == torch.float32 else states.view(torch.int16)
-    return [read_only(head.numpy() if head.dtype == torch.float32 else head.numpy().view(np.uint16)) for head in bits]
+    arrays = (head[None].numpy() for head in bits)
+    return [read_only(a if a.dtype == np.float32 else a.view(np.uint16)) for a in arrays]
 
 
 def _slots(rows: Tensor, n_rows: int) -> np.ndarray:
@@ -76,7 +78,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
     slots, low, high, scores, ids, out, lse,
 ):  # fmt: skip
     """Rows start .. stop - 1 of every query head of a group; row `start` stands at key `at`."""
-    dim, value_dim = keys.shape[1], values.shape[1]
+    dim, value_dim = keys.shape[2], values.shape[2]
     wide = (value_dim + LANES - 1) // LANES * LANES
     n = (stop - start) * group
     n_strips = (n + TILE_ROWS - 1) // TILE_ROWS
@@ -86,16 +88,18 @@ def _attend_rows(  # type: ignore[no-untyped-def]
             ours[i * dim + t] = queries[head * group + i % group, start + i // group, t]
     sums = np.zeros(n_strips * TILE_ROWS * wide, np.float32)
     best, total = np.full(n, np.float32(-np.inf)), np.zeros(n, np.float32)
+    maps = slots.shape[0]
     found = np.zeros(n, np.int64)
     panels_of_keys = np.zeros(BLOCK_KEYS * dim, np.float32)
     block_values = np.zeros(BLOCK_KEYS * wide, np.float32)
     lines, line = np.empty(TILE_ROWS * BLOCK_KEYS, np.float32), np.empty(BLOCK_KEYS, np.float32)
-    earliest = max(first, at - window + 1)
-    for begin in range(first + (earliest - first) // BLOCK_KEYS * BLOCK_KEYS, at + stop - start, BLOCK_KEYS):
-        end = min(begin + BLOCK_KEYS, at + stop - start)
+    after = at + stop - start
+    origin = first + (max(first, at - window + 1) - first) // BLOCK_KEYS * BLOCK_KEYS
+    for begin in range(origin, after, BLOCK_KEYS):
+        end = min(begin + BLOCK_KEYS, after)
         for j in range(end - begin):  # 16 keys side by side, for products with one number of a query each
-            spread(panels_of_keys, j // LANES * LANES * dim + j % LANES, LANES, keys, begin + j, half)
-            spread(block_values, j * wide, 1, values, begin + j, half)
+            spread(panels_of_keys, j // LANES * LANES * dim + j % LANES, LANES, keys, 0, begin + j, half)
+            spread(block_values, j * wide, 1, values, 0, begin + j, half)
         for top in range(0, n, TILE_ROWS):
             seen = min(at + (min(top + TILE_ROWS, n) - 1) // group + 1, end) - begin
             if seen <= 0 or at + top // group - window + 1 >= end:
@@ -113,15 +117,15 @@ def _attend_rows(  # type: ignore[no-untyped-def]
                 lines[row : row + from_] = -np.inf
                 lines[row + to : row + panels * LANES] = -np.inf
                 query_head = head * group + i % group
-                map_ = min(query_head, slots.shape[0] - 1)
+                map_ = min(query_head, maps - 1)
                 slot = slots[map_, start + i // group]
                 if slot >= 0 and low[map_, slot] < begin + to and high[map_, slot] > begin:
-                    best_scores, best_ids = scores[query_head, slot], ids[query_head, slot]
-                    limits = max(low[map_, slot] - begin, 0), min(high[map_, slot] - begin, to)
-                    found[i] = _keep_best(lines, row, begin, limits, best_scores, best_ids, found[i])
+                    limits = max(low[map_, slot] - begin, from_), min(high[map_, slot] - begin, to)
+                    heap = scores[query_head, slot], ids[query_head, slot]
+                    found[i] = _keep_best(lines, row, begin, limits, heap, found[i])
                 if softcap > 0:
                     _soften(lines, row, panels, softcap, line)
-                highest = greatest(lines, row, panels)  # type: ignore[call-arg]
+                highest = greatest(lines, row, panels)  # type: ignore[call-arg, var-annotated]
                 if highest > best[i]:
                     factor = np.float32(np.exp(best[i] - highest))
                     total[i] *= factor
@@ -138,24 +142,26 @@ def _attend_rows(  # type: ignore[no-untyped-def]
         for t in range(value_dim):
             out[row, query_head, t] = sums[i * wide + t] / total[i]
         lse[query_head, row] = best[i] + np.log(total[i])
+        slot = slots[min(query_head, maps - 1), row]
+        if slot >= 0:
+            rank(scores[query_head, slot], ids[query_head, slot], found[i])
 
 
 @compiled
-def _keep_best(lines, row, begin, limits, scores, ids, found):  # type: ignore[no-untyped-def]
+def _keep_best(lines, row, begin, limits, heap, found):  # type: ignore[no-untyped-def]
     """Enter a row's scores from `limits` into its heap of the best; how many it then holds."""
+    scores, ids = heap
     k = scores.shape[0]
-    low, high = limits
     bar = scores[0] if found == k else np.float32(-np.inf)
-    for panel in range(low // LANES * LANES, high, LANES):
-        bits = above(lines, row + panel, bar)  # type: ignore[call-arg]
-        t = panel
+    for panel in range(limits[0] // LANES * LANES, limits[1], LANES):
+        bits = above(lines, row + panel, bar)  # type: ignore[call-arg, var-annotated]
         while bits:
-            if bits & 1 and low <= t < high and lines[row + t] > bar:
+            t = panel + lowest_bit(bits)  # type: ignore[call-arg]
+            bits &= bits - 1
+            if limits[0] <= t < limits[1] and lines[row + t] > bar:
                 found = push(scores, ids, found, lines[row + t], begin + t)
                 if found == k:
                     bar = scores[0]
-            bits >>= 1
-            t += 1
     return found
 
 

@@ -5,6 +5,7 @@ cores leave a thread just those columns, so that the maxima of groups cost no ex
 maximum of a row is made of them. Groups are numbered from the first block of keys that a tile of rows reads.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 # No `from __future__ import annotations`: Triton reads the annotations.
 import triton
 import triton.language as tl
@@ -40,8 +41,11 @@ def _dot(left, right, onto):
 
 
 @triton.jit
-def _load(states, row_stride, start, first, stop, DIM: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Rows start .. start + KEYS - 1 of one head: [KEYS, WIDE]. With `EDGE`, only first .. stop - 1 are read, else 0."""
+def _load(
+    states, row_stride, start, first, stop,
+    DIM: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + KEYS - 1 of one head: [KEYS, WIDE]. If EDGE, 0 for all but first .. stop - 1."""
     rows = tl.arange(0, KEYS)
     dims = tl.arange(0, WIDE)
     states += start * tl.cast(row_stride, tl.int64)
@@ -56,7 +60,11 @@ def _load(states, row_stride, start, first, stop, DIM: tl.constexpr, WIDE: tl.co
     return block
 
 
-@triton.jit
+# Compiled once, whatever the sizes of a call are: Triton would else compile anew for multiples of 16, and for 1.
+_SIZES = ("n_tiles", "n_rows", "n_sampled", "n_slots", "n_chosen", "window")
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def attend_tiles(
     queries, keys, values, out, lse, tiles, slots, lower, upper, first_slots, maxima,
     query_head_stride, query_row_stride, key_head_stride, key_row_stride, value_head_stride, value_row_stride,
@@ -80,7 +88,8 @@ def attend_tiles(
         lower, upper: int32 [1 or HEADS, n_sampled], by slot: the keys that count are lower <= key < upper, all of
             them visible.
         first_slots: int32 [1 or HEADS]: the slot at which `maxima` begins.
-        maxima: float32 [HEADS, n_slots, n_groups]: of q . k, unscaled. Written for groups that hold a key that counts.
+        maxima: float32 [HEADS, n_slots, n_groups]: of q . k, unscaled. Written for groups that hold a key that counts;
+            blocks of keys that count for a part of the sampled rows only, or in part, are multiplied once more for it.
         window: Keys that a row sees, itself the last.
         scale: log2(e) * scaling; with CAPPED, 2 * log2(e) * scaling / softcap.
         cap: log2(e) * softcap.
@@ -146,7 +155,7 @@ def attend_tiles(
                 seen = (columns[None, :] >= row_first[:, None]) & (columns[None, :] <= positions[:, None])
                 products = tl.where(seen, products, float("-inf"))
             highest = _group_maxima(products, ROWS, KEYS, GROUP)
-            if SAMPLED and not EDGE:
+            if SAMPLED and not EDGE:  # noqa: SIM102, one is known when this is compiled, the other is not
                 if (block >= plain) & (block < plain_end):
                     tl.store(lines + (block - begin) * (KEYS // GROUP), highest, mask=in_sample[:, None])
             row_best = tl.max(highest, axis=1)
@@ -165,9 +174,7 @@ def attend_tiles(
             factor = tl.exp2(best - base)
             total = total * factor + tl.sum(weights, axis=1)
             value = _load(values, value_row_stride, start, first, stop_key, VALUE_DIM, VALUE_WIDE, KEYS, EDGE)
-            sums = tl.dot(
-                weights.to(query.dtype), value.to(query.dtype), sums * factor[:, None], input_precision="ieee"
-            )
+            sums = _dot(weights.to(query.dtype), value.to(query.dtype), sums * factor[:, None])
             best = new_best
 
     if SAMPLED:
@@ -191,14 +198,14 @@ def attend_tiles(
     tl.store(lse + tl.cast(head, tl.int64) * n_rows + rows, natural, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def score_groups(
     queries, keys, rows, lower, upper, base, first_slots, groups, scores, ids,
     query_head_stride, query_row_stride, key_head_stride, key_row_stride, n_sampled, n_slots, n_chosen, scaling,
     SHARED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
     KEYS: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys of the groups chosen for SLOTS sampled rows, under one query head; -inf if a key does not count.
+    """Scores of the keys of the groups chosen for SLOTS sampled rows, under one query head.
 
     Programs: SHARED times ceil(n_slots / SLOTS) times the KV heads, the first running fastest.
 
@@ -206,7 +213,8 @@ def score_groups(
         queries, keys, lower, upper, first_slots: As in `attend_tiles`.
         rows, base: int32 [1 or heads, n_sampled], by slot: the row, and the key at which group 0 begins.
         groups: int64 [heads, n_slots, n_chosen].
-        scores, ids: float32 and int32 [heads, n_slots, n_chosen * GROUP], written: scaling * (q . k), and the keys.
+        scores, ids: float32 and int32 [heads, n_slots, n_chosen * GROUP], written: scaling * (q . k), -inf for keys
+            that do not count; and the keys.
         KEYS: Scored at a time, of each row.
     """
     program = tl.program_id(0)

@@ -44,8 +44,11 @@ def attend(request: Request) -> Attended:
         visible[span.row_start : span.row_stop] = seen
     logits = products if request.softcap is None else request.softcap * torch.tanh(products / request.softcap)
     logits = logits.masked_fill(~visible, float("-inf"))
-    out = torch.nan_to_num(torch.softmax(logits, dim=-1)) @ values
+    out = torch.softmax(logits, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0) @ values
     rows, low, high = (t.expand(n_heads, -1) for t in (sample.rows, sample.low, sample.high))
+    if not n_rows:
+        nothing = torch.full((n_heads, rows.shape[1], sample.k), -1, dtype=torch.int32, device=device)
+        return Attended(out.to(request.queries.dtype), torch.logsumexp(logits, dim=-1), nothing, nothing - torch.inf)
     of_rows = products.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, keys.shape[1]))
     kept = visible[rows.clamp(min=0)] & (key_ids >= low[..., None]) & (key_ids < high[..., None])
     ids, scores = _best(of_rows.masked_fill(~kept | (rows < 0)[..., None], float("-inf")), sample.k)

@@ -15,7 +15,7 @@ from rabatch.errors import ConfigError
 from rabatch.index import machine
 from rabatch.index.compiled import FAST, run_tasks
 from rabatch.index.topk import lanes
-from rabatch.index.topk.best import push, ranked
+from rabatch.index.topk.best import push, rank, ranked
 
 TINY = np.float32(2.0**-126)  # what exp_minus gives from -87.34 down
 
@@ -46,8 +46,13 @@ def above(array, at, bar):
 
 
 @kernel
-def spread(out, at, step, codes, key, half):
-    machine.spread(out, at, step, codes, key, half)
+def lowest_bit(bits):
+    return lanes.lowest_bit(bits)
+
+
+@kernel
+def spread(out, at, step, codes, head, key, half):
+    machine.spread(out, at, step, codes, head, key, half)
 
 
 def normal(n, seed=0):
@@ -221,10 +226,10 @@ def test_above_is_not_negative():
 
 @pytest.mark.parametrize("half", [True, False], ids=["fp16", "bf16"])
 def test_spread_reads_every_code(half):
-    codes = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    codes = np.arange(1 << 16, dtype=np.uint16).reshape(2, 128, 256)
     out = np.zeros(1 << 16, np.float32)
     for key in range(256):
-        spread(out, key * 256, 1, codes, key, half)
+        spread(out, key * 256, 1, codes, key // 128, key % 128, half)
     dtype = torch.float16 if half else torch.bfloat16
     expected = torch.from_numpy(codes.view(np.int16)).view(dtype).float().numpy().reshape(-1)
     np.testing.assert_array_equal(out, expected)
@@ -233,22 +238,29 @@ def test_spread_reads_every_code(half):
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 @pytest.mark.parametrize(("at", "step", "key"), [(0, 1, 0), (3, 16, 2), (5, 1, 1)])
 def test_spread_steps(dtype, at, step, key):
-    numbers = normal(3 * 24).reshape(3, 24)
+    numbers = normal(2 * 3 * 24).reshape(2, 3, 24)
     codes = numbers if dtype == np.float32 else numbers.astype(np.float16).view(np.uint16)
     found, expected = np.full(500, 7, np.float32), np.full(500, 7, np.float32)
-    spread(found, at, step, codes, key, True)
-    machine.spread(expected, at, step, codes, key, True)
+    spread(found, at, step, codes, 1, key, True)
+    machine.spread(expected, at, step, codes, 1, key, True)
     np.testing.assert_array_equal(found, expected)
     rounded = numbers if dtype == np.float32 else numbers.astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(expected[at : at + 24 * step : step], rounded[key])
+    np.testing.assert_array_equal(expected[at : at + 24 * step : step], rounded[1, key])
     assert (expected == 7).sum() == 500 - 24
 
 
-# push and ranked
+def test_lowest_bit():
+    for place in range(63):
+        for higher in (0, 1 << 62, 0b101 << place):
+            bits = (1 << place | higher) & (2**63 - 1)
+            assert lowest_bit(np.int64(bits)) == place
+
+
+# push, rank and ranked
 
 
 def best_of(stream, k):
-    """The k best (id, score) of a stream, as `_keep_best` enters them, ranked."""
+    """The k best (id, score) of a stream, entered where they beat the worst, ranked."""
     scores, ids = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int32)
     found = 0
     for key, score in stream:
@@ -256,7 +268,9 @@ def best_of(stream, k):
             found = push(scores, ids, found, np.float32(score), key)
     assert found == min(k, len(stream))
     ids_, scores_ = ranked(torch.from_numpy(ids), torch.from_numpy(scores))
-    return list(zip(ids_.tolist(), scores_.tolist(), strict=True))
+    rank(scores, ids, found)
+    assert (ids.tolist(), scores.tolist()) == (ids_.tolist(), scores_.tolist())
+    return list(zip(ids.tolist(), scores.tolist(), strict=True))
 
 
 def sorted_best(stream, k):

@@ -251,7 +251,7 @@ def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None
 
 def test_a_prefill_that_overflowed_is_named(loaded: LoadedModel, text: str) -> None:
     unit = units_of(loaded, text, SOME)[1]
-    for name, dtype in (("queries", torch.float32), ("keys", torch.bfloat16)):
+    for name, dtype in (("queries", torch.float32), ("keys", torch.bfloat16), ("values", torch.bfloat16)):
         states = torch.frombuffer(bytearray(unit[name]), dtype=dtype).clone()
         states[len(states) // 3] = torch.inf  # not in the static set
         with pytest.raises(KeysError, match="overflowed"):
