@@ -114,6 +114,7 @@ def answer(
             generation=generation,
             output=None if folder is None else folder.url,
             threads=resources.cpus_per_actor,
+            slots=resources.questions_per_batch,
         )
         n_questions = sum(len(batch.questions) for batch in open_batches)
         with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rabatch.config import GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import OpenContext, answer_batch, open_context
+from rabatch.decode import OpenContext, answer_each, open_context
 from rabatch.jobs.catalog import failed_row
 from rabatch.jobs.cluster import limit_threads
 from rabatch.jobs.messages import fatal, one_row, reason
@@ -32,7 +32,11 @@ def part_path(key: str) -> str:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """What an answer actor needs to know."""
+    """What an answer actor needs to know.
+
+    Attributes:
+        slots: Questions of a document decoded at the same time.
+    """
 
     model: ModelConfig
     store_url: str
@@ -41,6 +45,7 @@ class AnswerSettings:
     generation: GenerationSettings
     output: str | None
     threads: int
+    slots: int
 
 
 class AnswerActor:
@@ -70,20 +75,39 @@ class AnswerActor:
                 yield one_row({"key": "", "answers": b"", "fatal": self._fatal})
                 return
             manifest = Manifest.from_json(row["manifest"])
-            for batch in json.loads(row["batches"]):
-                answers = self._answer(self._loaded, manifest, batch["questions"])
+            for key, answers in self._answer(self._loaded, manifest, json.loads(row["batches"])):
                 data = parquet_bytes(answers, ANSWERS)
                 if self._output is not None and all(answer["status"] == "ok" for answer in answers):
-                    self._output.write(part_path(batch["key"]), data)
-                yield one_row({"key": batch["key"], "answers": data, "fatal": None})
+                    self._output.write(part_path(key), data)
+                yield one_row({"key": key, "answers": data, "fatal": None})
 
-    def _answer(self, loaded: LoadedModel, manifest: Manifest, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _answer(
+        self, loaded: LoadedModel, manifest: Manifest, batches: list[dict[str, Any]]
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Key and answers of each batch. As a question of one ends, the next of another begins."""
         settings = self._settings
+        places = [(number, place) for number, batch in enumerate(batches) for place in range(len(batch["questions"]))]
+        questions = [batches[number]["questions"][place] for number, place in places]
+        rows: list[dict[int, dict[str, Any]]] = [{} for _ in batches]
+
+        def complete(number: int) -> tuple[str, list[dict[str, Any]]]:
+            return batches[number]["key"], [rows[number][place] for place in sorted(rows[number])]
+
         try:
             if self._context is None or self._context.manifest != manifest:
                 self._context = None  # two contexts at once may be more than the memory holds
                 self._context = open_context(self._store, manifest, loaded, settings.recipe, threads=settings.threads)
-            return answer_batch(self._context, questions, settings.recipe, settings.generation)
+            answers = answer_each(self._context, questions, settings.recipe, settings.generation, slots=settings.slots)
+            for question, row in answers:
+                number, place = places[question]
+                rows[number][place] = row
+                if len(rows[number]) == len(batches[number]["questions"]):
+                    yield complete(number)
         except Exception as error:  # noqa: BLE001 (one document must not end the job)
             why: dict[str, Any] = {"reason": reason(error), "recipe": settings.recipe, "model": settings.model}
-            return [failed_row(q, document_id=manifest.document_id, manifest=manifest, **why) for q in questions]
+            for number, batch in enumerate(batches):
+                if len(rows[number]) < len(batch["questions"]):
+                    for place, question in enumerate(batch["questions"]):
+                        failed = failed_row(question, document_id=manifest.document_id, manifest=manifest, **why)
+                        rows[number].setdefault(place, failed)
+                    yield complete(number)

@@ -206,7 +206,7 @@ class Resources(_Checked):
         prefill_actors, graph_actors, answer_actors: Pool sizes.
         gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
         cpus_per_actor: Logical CPUs of one actor; also its threads.
-        questions_per_batch: Questions of one document decoded together.
+        questions_per_batch: Questions of one document decoded together; as one ends, the next begins.
     """
 
     prefill_actors: int = 0

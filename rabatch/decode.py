@@ -1,141 +1,101 @@
-"""Answering questions over one stored context, together in one batch."""
+"""Answering questions over one stored context, many at a time."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
-
-from rabatch.attention.caches import TailCache
-from rabatch.attention.context import ContextLayer, QuestionAttention
 from rabatch.attention.evidence import spans
-from rabatch.attention.seam import attending
 from rabatch.config import GenerationSettings, Recipe
-from rabatch.errors import FingerprintError, QuestionError, RabatchError
-from rabatch.loading import LoadedModel
-from rabatch.selectors import open_index
-from rabatch.storage.manifest import Manifest
-from rabatch.storage.parts import LayerBlock, TokensBlock
-from rabatch.storage.store import IndexStore
+from rabatch.contexts import OpenContext, open_context
+from rabatch.errors import QuestionError, RabatchError
+from rabatch.executor import Answered, Executor
+from rabatch.generation import Course, Generation
+
+__all__ = ["OpenContext", "answer_batch", "answer_each", "open_context"]
 
 _log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class OpenContext:
-    """A stored context in memory, ready to be asked.
-
-    Attributes:
-        layers: One per layer; answering never changes them.
-        token_ids: int64 [context_tokens], on the CPU.
-    """
-
-    manifest: Manifest
-    loaded: LoadedModel
-    layers: tuple[ContextLayer, ...]
-    token_ids: Tensor
-    tokens: TokensBlock
-
-
-def open_context(
-    store: IndexStore, manifest: Manifest, loaded: LoadedModel, recipe: Recipe, *, threads: int = 1
-) -> OpenContext:
-    """Read an index and make it ready for `recipe`.
-
-    Raises:
-        FingerprintError: The index belongs to another model, dtype or template, or holds no graph and the recipe
-            needs one.
-        IntegrityError: Stored bytes are not what the manifest says.
-    """
-    check_identity(manifest, loaded)
-    if recipe.method == "graph" and manifest.geometry.index != "graph":
-        raise FingerprintError(
-            "recipe",
-            recipe.method,
-            f"the index of {manifest.document_id!r} holds no graph; use flat, or build with --index graph",
-        )
-    layers = []
-    for number in range(manifest.geometry.n_layers):
-        block = store.read_layer(manifest, number)
-        layers.append(_context_layer(block, manifest, recipe, loaded, threads))
-    tokens = store.read_tokens(manifest)
-    return OpenContext(manifest, loaded, tuple(layers), torch.from_numpy(tokens.token_ids.astype(np.int64)), tokens)
-
-
-def check_identity(manifest: Manifest, loaded: LoadedModel) -> None:
-    """Raises FingerprintError, naming what differs, unless the index was made by this very model."""
-    stored = manifest.fingerprint_fields.get("model")
-    if stored == loaded.identity:
-        return
-    stored = stored if isinstance(stored, dict) else {}
-    differing = sorted(k for k in {*stored, *loaded.identity} if stored.get(k) != loaded.identity.get(k))
-    raise FingerprintError(
-        "model",
-        loaded.config.name,
-        f"the index of {manifest.document_id!r} was built with another {', '.join(differing)}; build it for this model",
-    )
-
-
-def _context_layer(
-    block: LayerBlock, manifest: Manifest, recipe: Recipe, loaded: LoadedModel, threads: int
-) -> ContextLayer:
-    sliding = manifest.geometry.sliding_windows[block.layer]
-    rows = block.keys.shape[1]
-    start, stop = (rows, rows) if sliding else (manifest.index_start, manifest.index_stop)
-    device = loaded.config.device
-    return ContextLayer(
-        keys=block.keys.to(device),
-        values=block.values.to(device),
-        first_position=manifest.context_tokens - rows,
-        index_start=start,
-        index_stop=stop,
-        index=None if sliding else open_index(recipe, block, start, stop, threads=threads),
-    )
-
-
 def answer_batch(
-    context: OpenContext, questions: Sequence[Row], recipe: Recipe, generation: GenerationSettings
+    context: OpenContext,
+    questions: Sequence[Row],
+    recipe: Recipe,
+    generation: GenerationSettings,
+    *,
+    slots: int = 0,
 ) -> list[Row]:
-    """Answer questions over one context; one row per question, in their order, with the fields of `records.ANSWERS`.
+    """What `answer_each` gives, in the order of the questions."""
+    rows = dict(answer_each(context, questions, recipe, generation, slots=slots))
+    return [rows[number] for number in range(len(questions))]
 
-    A question that cannot be answered becomes a row with status "failed" and a reason. If a whole batch fails,
-    its questions are asked one by one, so that one of them cannot take the others along.
+
+def answer_each(
+    context: OpenContext,
+    questions: Sequence[Row],
+    recipe: Recipe,
+    generation: GenerationSettings,
+    *,
+    slots: int = 0,
+) -> Iterator[tuple[int, Row]]:
+    """Answer questions over one context; each as soon as its answer has ended.
+
+    A question that cannot be answered becomes a row with status "failed" and a reason. If a pass fails, the questions
+    that have no answer yet are asked again in halves, so that the one at fault ends alone.
 
     Args:
         questions: Rows with question_id, question and, optionally, expected.
+        slots: Questions under way at the same time; as one ends, the next begins. 0: all of them.
+
+    Yields:
+        (number of the question, row with the fields of `records.ANSWERS`).
     """
-    rows: dict[int, Row] = {}
-    ready: list[tuple[int, list[int]]] = []
+    made = Generation(context.loaded, generation, context.token_ids)
+    ready: dict[int, list[int]] = {}
     for number, question in enumerate(questions):
         try:
-            ready.append((number, _encode(context, question, generation)))
+            ready[number] = _encode(context, question, generation)
         except RabatchError as error:
-            rows[number] = _failed(context, question, recipe, str(error))
-    sampled = _generation_config(context.loaded, generation).do_sample
-    batches = [[item] for item in ready] if sampled else [ready] if ready else []
-    while batches:
-        batch = batches.pop(0)
-        try:
-            made = _answer_encoded(context, [(questions[n], ids) for n, ids in batch], recipe, generation)
-        except Exception as error:  # noqa: BLE001 - one question must not fail the others, whatever it does
-            if len(batch) > 1:
-                _log.warning("batch of %d questions failed (%s); asking one by one", len(batch), error)
-                batches = [[item] for item in batch] + batches
-                continue
-            _log.exception("question %s failed", questions[batch[0][0]].get("question_id"))
-            made = [_failed(context, questions[batch[0][0]], recipe, f"{type(error).__name__}: {error}")]
-        rows.update(zip((n for n, _ in batch), made, strict=True))
-    return [rows[number] for number in range(len(questions))]
+            yield number, _failed(context, question, recipe, str(error))
+    groups = [list(ready)] if ready else []
+    while groups:
+        group = groups.pop(0)
+        executor = Executor(context, recipe, made, slots=min(slots or len(group), len(group)))
+        courses = [made.begin(ready[number], questions[number].get("question_id")) for number in group]
+        answers, number_of = executor.run(courses), tuple(group)
+        while group:
+            try:
+                answered = next(answers)
+            except Exception as error:  # noqa: BLE001 - one question must not fail the others, whatever it does
+                if len(group) > 1:
+                    _log.warning("a pass over %d questions failed (%s); asking in halves", len(group), error)
+                    half = len(group) // 2
+                    groups = [group[:half], group[half:], *groups]
+                else:
+                    question = questions[group[0]]
+                    _log.exception("question %s failed", question.get("question_id"))
+                    yield group[0], _failed(context, question, recipe, f"{type(error).__name__}: {error}")
+                break
+            number = number_of[answered.number]
+            group.remove(number)
+            yield number, _answered(context, questions[number], recipe, made, answered)
+
+
+def _answered(context: OpenContext, question: Row, recipe: Recipe, made: Generation, answered: Answered) -> Row:
+    course: Course = answered.course
+    text, n_tokens = made.text(course)
+    return _row(context, question, recipe) | {
+        "status": "ok",
+        "answer": text,
+        "finish_reason": course.done,
+        "evidence": spans(answered.mass, context.tokens.char_start, context.tokens.char_end),
+        "question_tokens": course.question_tokens,
+        "answer_tokens": n_tokens,
+        "attended_share": answered.attended_share,
+        "seconds": answered.seconds,
+    }
 
 
 def _encode(context: OpenContext, question: Row, generation: GenerationSettings) -> list[int]:
@@ -151,112 +111,6 @@ def _encode(context: OpenContext, question: Row, generation: GenerationSettings)
             f"has {len(ids)} tokens, the model has room for {max(room, 0)} beside document and answer; shorten it",
         )
     return ids
-
-
-class _Finish(StoppingCriteria):
-    """Knows which questions are answered; tells the attention, so that what follows is not counted."""
-
-    def __init__(
-        self, attention: QuestionAttention, eos_ids: Sequence[int], strings: StopStringCriteria | None
-    ) -> None:
-        self.attention = attention
-        self.eos_ids = torch.tensor(list(eos_ids), dtype=torch.long)
-        self.strings = strings
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        done = torch.isin(input_ids[:, -1].cpu(), self.eos_ids)
-        if self.strings is not None:
-            done |= self.strings(input_ids, scores).cpu()
-        self.attention.alive &= ~done.numpy()
-        return torch.from_numpy(~self.attention.alive).to(input_ids.device)
-
-
-@torch.inference_mode()
-def _answer_encoded(
-    context: OpenContext, batch: Sequence[tuple[Row, list[int]]], recipe: Recipe, generation: GenerationSettings
-) -> list[Row]:
-    began = time.perf_counter()
-    loaded = context.loaded
-    config = _generation_config(loaded, generation)
-    if config.do_sample:
-        torch.manual_seed(_question_seed(generation.seed, batch[0][0]))
-    n, longest = len(context.token_ids), max(len(ids) for _, ids in batch)
-    pads = [longest - len(ids) for _, ids in batch]
-    tail = torch.tensor([[config.pad_token_id] * pad + ids for pad, (_, ids) in zip(pads, batch, strict=True)])
-    input_ids = torch.cat([context.token_ids[None].expand(len(batch), -1), tail], dim=1)
-    mask = torch.ones_like(input_ids)
-    for row, pad in enumerate(pads):
-        mask[row, n : n + pad] = 0
-    attention = QuestionAttention(context.layers, context_tokens=n, pads=pads, recipe=recipe)
-    strings = StopStringCriteria(loaded.tokenizer, list(generation.stop_strings)) if generation.stop_strings else None
-    eos = config.eos_token_id
-    finish = _Finish(attention, [eos] if isinstance(eos, int) else eos or [], strings)
-    with attending(attention):
-        output = loaded.model.generate(
-            input_ids.to(loaded.config.device),
-            attention_mask=mask.to(loaded.config.device),
-            past_key_values=TailCache(len(context.layers), n),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([finish]),
-        )
-    seconds = (time.perf_counter() - began) / len(batch)
-    shares = attention.attended_share
-    made = []
-    for row, (question, ids) in enumerate(batch):
-        answer, n_tokens, finished = _text(
-            loaded, output[row, input_ids.shape[1] :].tolist(), finish.eos_ids.tolist(), generation
-        )
-        made.append(
-            _row(context, question, recipe)
-            | {
-                "status": "ok",
-                "answer": answer,
-                "finish_reason": "stop" if finished else "length",
-                "evidence": spans(attention.mass[row], context.tokens.char_start, context.tokens.char_end),
-                "question_tokens": len(ids),
-                "answer_tokens": n_tokens,
-                "attended_share": float(shares[row]),
-                "seconds": seconds,
-            }
-        )
-    return made
-
-
-def _text(
-    loaded: LoadedModel, ids: list[int], eos_ids: list[int], generation: GenerationSettings
-) -> tuple[str, int, bool]:
-    """Answer without end token and stop string, its tokens, and whether it ended by itself."""
-    end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
-    kept = ids if end is None else ids[:end]
-    text: str = loaded.tokenizer.decode(kept, skip_special_tokens=True)
-    cuts = [at for stop in generation.stop_strings if (at := text.find(stop)) >= 0]
-    if cuts:
-        return text[: min(cuts)].strip(), len(kept), True
-    return text.strip(), len(kept), end is not None
-
-
-def _generation_config(loaded: LoadedModel, settings: GenerationSettings) -> GenerationConfig:
-    """The model's own generation config with the given settings on top. Stop strings are handled by `_Finish`."""
-    config: GenerationConfig = copy.deepcopy(loaded.model.generation_config)
-    config.max_new_tokens, config.max_length = settings.max_new_tokens, None
-    config.num_beams = 1
-    for name in ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty"):
-        value = getattr(settings, name)
-        if value is not None:
-            setattr(config, name, value)
-    if settings.do_sample is None and settings.temperature is not None:
-        config.do_sample = True
-    if not config.do_sample:
-        config.temperature = config.top_p = config.top_k = None
-    if config.pad_token_id is None:
-        eos = config.eos_token_id
-        config.pad_token_id = loaded.tokenizer.pad_token_id or (eos[0] if isinstance(eos, list) else eos) or 0
-    return config
-
-
-def _question_seed(seed: int, question: Row) -> int:
-    digest = hashlib.sha256(f"{seed}\0{question.get('question_id')}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _row(context: OpenContext, question: Row, recipe: Recipe) -> Row:

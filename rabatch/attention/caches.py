@@ -1,4 +1,4 @@
-"""The two caches rabatch hands to transformers: one filled by prefill, one that holds only a question's tail."""
+"""The cache a prefill fills, and what of it is brought to the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rabatch.attention.outbox import Outbox
 
@@ -83,28 +83,3 @@ class ContextCache(Cache):
         for held in self._contexts:
             if held.host is not None:
                 held.keys = held.values = torch.empty(0)
-
-
-class _TailLayer(DynamicLayer):
-    """Keys and values of the tail; claims the length of context + tail, so that positions come out right."""
-
-    def __init__(self, context_tokens: int) -> None:
-        super().__init__()
-        self.context_tokens = context_tokens
-
-    @property
-    def tail_tokens(self) -> int:
-        return self.keys.shape[-2] if isinstance(self.keys, torch.Tensor) and self.keys.numel() else 0
-
-    def get_seq_length(self) -> int:
-        return self.context_tokens + self.tail_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tail_tokens + query_length, self.context_tokens
-
-
-class TailCache(Cache):
-    """Cache of questions over one stored context: holds only what comes after the context."""
-
-    def __init__(self, n_layers: int, context_tokens: int) -> None:
-        super().__init__(layers=[_TailLayer(context_tokens) for _ in range(n_layers)])

@@ -13,6 +13,7 @@ from torch import Tensor
 from rabatch.attention.gather import attend_found
 from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
+from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
 from rabatch.index.base import KeyIndex
 
@@ -50,36 +51,58 @@ class ContextLayer:
 
 
 class QuestionAttention:
-    """Attention of a batch of questions, left-padded, over one context; counts and observes what it attends.
+    """Attention of questions over one context, each in a slot; counts and observes what it attends.
 
     Args:
         layers: One per layer of the model.
         context_tokens: Length of the context.
-        pads: Padding tokens before each question, int [batch].
+        slots: Questions under way at the same time, at most.
         recipe: What generated and question tokens attend.
     """
 
-    def __init__(
-        self, layers: Sequence[ContextLayer], *, context_tokens: int, pads: Sequence[int], recipe: Recipe
-    ) -> None:
+    needs_mask = False
+
+    def __init__(self, layers: Sequence[ContextLayer], *, context_tokens: int, slots: int, recipe: Recipe) -> None:
         self.layers = layers
         self.context_tokens = context_tokens
         self.recipe = recipe
-        self.pads = torch.tensor(list(pads), device=layers[0].keys.device)
-        n = len(self.pads)
-        self.alive = np.ones(n, dtype=bool)
-        """Questions still being answered; the generation loop updates it, observation obeys it."""
-        self.attended = np.zeros(n)
-        self.queries = np.zeros(n)
-        self.mass = np.zeros((n, context_tokens), dtype=np.float32)
-        self._is_question: list[bool] = [True] * len(layers)
+        self._tails = Tails(len(layers), slots, layers[0].keys.device)
+        self._attended = np.zeros(slots)
+        self._queries = np.zeros(slots)
+        self._mass = np.zeros((slots, context_tokens), dtype=np.float32)
+        self._slots = slice(0, 0)
+        self._question = False
 
-    @property
-    def attended_share(self) -> np.ndarray:
-        """Context keys attended / context keys, [batch]: mean over queries, query heads and full-attention layers."""
-        return self.attended / np.maximum(self.queries, 1) / max(self.context_tokens, 1)
+    def begin(self, first: int, counts: list[int], *, question: bool) -> Tensor:
+        """Begin a pass over the slots from `first` on, each with `counts` new tokens; see `Tails.begin`.
 
-    needs_mask = True
+        Args:
+            question: Whether the tokens are a question's.
+        """
+        self._slots = slice(first, first + len(counts))
+        self._question = question
+        return self._tails.begin(first, counts)
+
+    def finish(self) -> None:
+        """End the pass."""
+        self._tails.finish()
+
+    def clear(self, slot: int) -> None:
+        """Make a slot ready for another question."""
+        self._tails.clear(slot)
+        self._attended[slot] = self._queries[slot] = self._mass[slot] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Put the question of one slot into another."""
+        self._tails.move(source, target)
+        for kept in (self._attended, self._queries, self._mass):
+            kept[target] = kept[source]
+
+    def seen(self, slot: int) -> tuple[np.ndarray, float]:
+        """Where the attention of a slot's answering tokens went, [context_tokens], and the share of keys attended:
+        context keys attended / context keys, mean over queries, query heads and full-attention layers."""
+        share = self._attended[slot] / max(self._queries[slot], 1) / max(self.context_tokens, 1)
+        return self._mass[slot].copy(), float(share)
 
     def attend(self, call: AttentionCall) -> Tensor:
         batch, heads, q_tokens, dim = call.query.shape
@@ -87,12 +110,11 @@ class QuestionAttention:
         grouped = call.query.reshape(batch, n_kv, heads // n_kv, q_tokens, dim)
         tail = self._tail(call, grouped)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
-        is_question, self._is_question[call.layer] = self._is_question[call.layer], False
         layer = self.layers[call.layer]
         if call.sliding_window:
-            parts = [self._sliding(call, layer, rows, q_tokens)]
+            parts = [self._sliding(call, layer, rows)]
         else:
-            parts = self._context(call, layer, rows, q_tokens, tail, is_question)
+            parts = self._context(call, layer, rows, q_tokens, tail)
         out = merge([tail, *parts]).out
         out = out.reshape(n_kv, batch, -1, q_tokens, dim).transpose(0, 1).reshape(batch, heads, q_tokens, dim)
         return out.transpose(1, 2).to(call.query.dtype)
@@ -100,45 +122,40 @@ class QuestionAttention:
     def _tail(self, call: AttentionCall, grouped: Tensor) -> Partial:
         """Question and generated tokens among themselves: [n_kv, batch * group * q_tokens, ...]."""
         batch, n_kv, group, q_tokens, dim = grouped.shape
-        mask = call.mask
-        if mask is None and q_tokens > 1:
-            kv_tokens = call.key.shape[2]
-            causal = torch.ones(q_tokens, kv_tokens, dtype=torch.bool, device=call.key.device)
-            mask = causal.tril(kv_tokens - q_tokens)[None, None]
+        keys, values = self._tails.append(call.layer, call.key, call.value)
+        places = self._tails.places[:, :, None]  # [batch, q_tokens, 1]
+        others = torch.arange(keys.shape[2], device=keys.device)
+        mask = others <= places
+        if call.sliding_window:
+            mask &= others > places - call.sliding_window
         partial = dense_partial(
             grouped.reshape(batch, n_kv, group * q_tokens, dim),
-            call.key,
-            call.value,
+            keys,
+            values,
             scaling=call.scaling,
             softcap=call.softcap,
-            mask=None if mask is None else mask.repeat(1, 1, group, 1),
+            mask=mask.repeat(1, group, 1)[:, None],
         )
         return Partial(
             partial.out.transpose(0, 1).reshape(n_kv, -1, partial.out.shape[-1]),
             partial.lse.transpose(0, 1).reshape(n_kv, -1),
         )
 
-    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, q_tokens: int) -> Partial:
+    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor) -> Partial:
         """A natively sliding layer: the context keys within the window of each query, by true positions."""
-        query_positions = self._positions(call, q_tokens)  # [batch * group * q_tokens]
+        group = call.query.shape[1] // call.key.shape[1]
+        positions = (self.context_tokens + self._tails.places)[:, None].expand(-1, group, -1).reshape(-1)
         n_rows = layer.keys.shape[1]
         key_positions = layer.first_position + torch.arange(n_rows, device=layer.keys.device)
-        mask = key_positions[None, None, :] > query_positions[None, :, None] - call.sliding_window
+        mask = key_positions[None, None, :] > positions[None, :, None] - call.sliding_window
         return dense_partial(rows, layer.keys, layer.values, scaling=call.scaling, softcap=call.softcap, mask=mask)
 
-    def _positions(self, call: AttentionCall, q_tokens: int) -> Tensor:
-        tail_tokens = call.key.shape[2]
-        slots = torch.arange(tail_tokens - q_tokens, tail_tokens, device=self.pads.device)
-        positions = self.context_tokens + slots[None, :] - self.pads[:, None]  # [batch, q_tokens]
-        group = call.query.shape[1] // call.key.shape[1]
-        return positions[:, None, :].expand(-1, group, -1).reshape(-1)
-
     def _context(
-        self, call: AttentionCall, layer: ContextLayer, rows: Tensor, q_tokens: int, tail: Partial, is_question: bool
+        self, call: AttentionCall, layer: ContextLayer, rows: Tensor, q_tokens: int, tail: Partial
     ) -> list[Partial]:
         method = self.recipe.method
         exact = method == "dense" or (
-            method != "streaming" and is_question and self.recipe.question_attention == "exact"
+            method != "streaming" and self._question and self.recipe.question_attention == "exact"
         )
         kept = None if exact else layer.static_rows
         keys, values = (layer.keys, layer.values) if kept is None else layer.static_set
@@ -159,16 +176,14 @@ class QuestionAttention:
 
     def _count(self, n_rows: int, q_tokens: int, n_static: int, ids: Tensor | None) -> None:
         """Adds the attended keys of every query that is not padding, averaged over the query heads."""
-        batch = len(self.pads)
+        counts = self._tails.counts.cpu().numpy()
         attended = torch.full((1, n_rows), float(n_static))
         if ids is not None:
             attended = n_static + (ids >= 0).sum(-1).float().cpu()
-        per_query = attended.reshape(attended.shape[0], batch, -1, q_tokens).mean(dim=(0, 2)).numpy()
-        first_real = self.pads.cpu().numpy() if q_tokens > 1 else np.zeros(batch, dtype=np.int64)
-        real = np.arange(q_tokens)[None, :] >= first_real[:, None]
-        real &= self.alive[:, None]
-        self.attended += (per_query * real).sum(1)
-        self.queries += real.sum(1)
+        per_query = attended.reshape(attended.shape[0], len(counts), -1, q_tokens).mean(dim=(0, 2)).numpy()
+        real = np.arange(q_tokens)[None, :] < counts[:, None]
+        self._attended[self._slots] += (per_query * real).sum(1)
+        self._queries[self._slots] += counts
 
     def _observe(
         self,
@@ -182,12 +197,15 @@ class QuestionAttention:
         lse: Tensor,
     ) -> None:
         """Adds where the attention of each question's last token went: it is the one that answers."""
-        batch, n_kv = len(self.pads), rows.shape[0]
+        counts = self._tails.counts
+        batch, n_kv = len(counts), rows.shape[0]
+        of_batch = torch.arange(batch, device=rows.device)
 
         def last(x: Tensor) -> Tensor:
-            return x.reshape(n_kv, batch, -1, q_tokens, *x.shape[2:])[:, :, :, -1]
+            apart = x.reshape(n_kv, batch, -1, q_tokens, *x.shape[2:])
+            return apart[:, of_batch, :, counts - 1].movedim(0, 1)  # [n_kv, batch, group, ...]
 
-        own = last(rows).float()  # [n_kv, batch, group, dim]
+        own = last(rows).float()
         own_lse = last(lse).unsqueeze(-1)
         weights = torch.einsum("hbgd,hnd->hbgn", own, keys.float())
         weights = torch.exp(logits(weights, call.scaling, call.softcap) - own_lse).sum(dim=(0, 2))  # [batch, n]
@@ -201,4 +219,4 @@ class QuestionAttention:
             found = torch.exp(logits(raw, call.scaling, call.softcap) - own_lse).masked_fill(picked < 0, 0.0)
             flat_ids = picked.clamp_min(0).permute(1, 0, 2, 3).reshape(batch, -1)
             mass.scatter_add_(1, flat_ids, found.permute(1, 0, 2, 3).reshape(batch, -1))
-        self.mass += mass.cpu().numpy() * self.alive[:, None]
+        self._mass[self._slots] += mass.cpu().numpy()

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rabatch.attention.caches import TailCache
-from rabatch.attention.context import QuestionAttention
-from rabatch.attention.seam import attending
-from rabatch.config import BuildConfig, Recipe
-from rabatch.decode import OpenContext
+from rabatch.config import BuildConfig, GenerationSettings, Recipe
+from rabatch.contexts import OpenContext
+from rabatch.executor import Executor
 from rabatch.fingerprint import index_fields
+from rabatch.generation import Generation
 from rabatch.indexing import content_digest, make_manifest, store_unit
 from rabatch.loading import LoadedModel
 from rabatch.prefill import encode, prefill_units
@@ -55,24 +54,10 @@ def new_store(folder: Path) -> IndexStore:
 
 @torch.inference_mode()
 def tail_logits(context: OpenContext, tails: Sequence[list[int]], recipe: Recipe, steps: int = 1) -> Tensor:
-    """Logits after each tail and `steps` - 1 greedily generated tokens, left-padded: [batch, steps, vocab]."""
-    model = context.loaded.model
-    n, longest = len(context.token_ids), max(map(len, tails))
-    pads = [longest - len(tail) for tail in tails]
-    device = context.loaded.config.device
-    ids = torch.tensor([[0] * pad + tail for pad, tail in zip(pads, tails, strict=True)]).to(device)
-    mask = torch.ones(len(tails), n + longest, dtype=torch.long, device=device)
-    for row, pad in enumerate(pads):
-        mask[row, n : n + pad] = 0
-    cache = TailCache(len(context.layers), n)
-    found = []
-    with attending(QuestionAttention(context.layers, context_tokens=n, pads=pads, recipe=recipe)):
-        for _ in range(steps):
-            positions = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]
-            logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits[:, -1]
-            found.append(logits)
-            ids = logits.argmax(-1, keepdim=True)
-            mask = torch.cat([mask, mask.new_ones(len(tails), 1)], dim=1)
+    """Logits after each tail and `steps` - 1 greedily generated tokens: [batch, steps, vocab]."""
+    generation = Generation(context.loaded, GenerationSettings(max_new_tokens=steps), context.token_ids)
+    executor = Executor(context, recipe, generation, slots=len(tails))
+    found = [executor.forward(0, tails, question=True)]
+    for _ in range(steps - 1):
+        found.append(executor.forward(0, found[-1].argmax(-1, keepdim=True).tolist(), question=False))
     return torch.stack(found, dim=1)

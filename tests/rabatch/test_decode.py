@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from rabatch.attention.context import QuestionAttention
+from rabatch.attention.context import ContextLayer, QuestionAttention
+from rabatch.attention.seam import AttentionCall
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import OpenContext, answer_batch, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import FingerprintError, IntegrityError
 from rabatch.evaluation.scoring import exact_match
+from rabatch.executor import Executor
+from rabatch.generation import generation_config, seed_of
 from rabatch.loading import LoadedModel, load_model
 from rabatch.records import ANSWERS
 from rabatch.storage.manifest import Manifest
@@ -136,14 +140,14 @@ def test_one_failing_question_does_not_take_the_batch_along(stored: Stored, monk
     questions, recipe = stored[3][:4], Recipe(method="dense")
     context = context_of(stored, recipe)
     poison = context.loaded.template.encode_question(context.loaded.tokenizer, questions[2]["question"])
-    generate = type(context.loaded.model).generate
+    forward = type(context.loaded.model).forward
 
-    def failing(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if any(row[-len(poison) :].tolist() == poison for row in input_ids):
+    def failing(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if any(row[: len(poison)].tolist() == poison for row in input_ids):
             raise RuntimeError("out of memory")
-        return generate(self, input_ids, **kwargs)
+        return forward(self, input_ids, **kwargs)
 
-    monkeypatch.setattr(type(context.loaded.model), "generate", failing)
+    monkeypatch.setattr(type(context.loaded.model), "forward", failing)
     rows = answer_batch(context, questions, recipe, GREEDY)
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "ok"]
     assert "out of memory" in rows[2]["reason"]
@@ -240,17 +244,64 @@ def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -
 
 def test_padding_queries_count_nothing() -> None:
     """Two questions of different length get the same share as alone."""
-    layer_keys = torch.randn(1, 50, 4)
-    from rabatch.attention.context import ContextLayer
-    from rabatch.attention.seam import AttentionCall
-
-    layer = ContextLayer(layer_keys, layer_keys, 0, 10, 40, None)
-    attention = QuestionAttention([layer], context_tokens=50, pads=[0, 3], recipe=Recipe(method="streaming"))
-    query = torch.randn(2, 2, 5, 4)
-    tail = torch.randn(2, 1, 5, 4)
-    mask = torch.ones(5, 5).tril().bool().expand(2, 1, 5, 5).clone()
-    mask[1, :, :, :3] = False
-    out = attention.attend(AttentionCall(0, query, tail, tail, mask, 0.5, None, 0))
+    keys = torch.randn(1, 50, 4)
+    layer = ContextLayer(keys, keys, 0, 10, 40, None)
+    attention = QuestionAttention([layer], context_tokens=50, slots=2, recipe=Recipe(method="streaming"))
+    query, tail = torch.randn(2, 2, 5, 4), torch.randn(2, 1, 5, 4)
+    attention.begin(0, [5, 2], question=True)
+    out = attention.attend(AttentionCall(0, query, tail, tail, None, 0.5, None, 0))
     assert torch.isfinite(out).all()
-    np.testing.assert_array_equal(attention.queries, [5, 2])
-    np.testing.assert_allclose(attention.attended_share, [0.4, 0.4])
+    np.testing.assert_array_equal(attention._queries, [5, 2])
+    assert [attention.seen(slot)[1] for slot in (0, 1)] == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize("method", ["dense", "graph"])
+@pytest.mark.parametrize("slots", [1, 3, 5])
+def test_a_free_slot_takes_the_next_question(stored: Stored, method: str, slots: int) -> None:
+    """Of 12 questions with answers of unlike length: the same rows as with a slot for each."""
+    recipe = Recipe(method=method, top_k=32)
+    context = context_of(stored, recipe)
+    questions = [*stored[3], {"question_id": "long", "question": "Which " + "gate, and which " * 20 + "mill?"}]
+    whole = answer_batch(context, questions, recipe, GREEDY)
+    passes: list[int] = []
+    executor_forward = Executor.forward
+
+    def counting(self: Executor, first: int, tokens: Any, *, question: bool) -> torch.Tensor:
+        passes.append(first + len(tokens))
+        return executor_forward(self, first, tokens, question=question)
+
+    with mock.patch.object(Executor, "forward", counting):
+        rows = answer_batch(context, questions, recipe, GREEDY, slots=slots)
+    assert max(passes) == slots
+    for row, expected in zip(rows, whole, strict=True):
+        for name in ("question_id", "answer", "finish_reason", "answer_tokens", "question_tokens"):
+            assert row[name] == expected[name]
+        assert row["attended_share"] == pytest.approx(expected["attended_share"], rel=1e-3)
+        assert row["evidence"][0]["score"] == pytest.approx(expected["evidence"][0]["score"], abs=1e-3)
+    tokens = sum(row["answer_tokens"] + (row["finish_reason"] == "stop") for row in rows)
+    assert len(passes) <= 2 * tokens / slots + max(r["answer_tokens"] for r in rows) + len(rows) + 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GenerationSettings(max_new_tokens=12, do_sample=False, repetition_penalty=1.4),
+        GenerationSettings(max_new_tokens=12, do_sample=True, temperature=1.5, top_k=40, top_p=0.9, seed=5),
+        GenerationSettings(max_new_tokens=12, do_sample=True, temperature=3.0, repetition_penalty=1.2, seed=6),
+    ],
+    ids=["penalty", "sampled", "both"],
+)
+def test_tokens_are_those_of_transformers_generate(stored: Stored, settings: GenerationSettings) -> None:
+    """Processors see context and tail, and draws come from a stream of the question's own: all answered together."""
+    loaded, recipe = stored[0], Recipe(method="dense")
+    context = context_of(stored, recipe)
+    questions = stored[3][:4]
+    rows = answer_batch(context, questions, recipe, settings, slots=3)
+    for question, row in zip(questions, rows, strict=True):
+        tail = loaded.template.encode_question(loaded.tokenizer, question["question"])
+        ids = torch.cat([context.token_ids, torch.tensor(tail)])[None]
+        torch.manual_seed(seed_of(settings.seed, question["question_id"]))
+        config = generation_config(loaded, settings)
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert (row["status"], row["answer"]) == ("ok", text)

@@ -11,6 +11,7 @@ from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import answer_batch, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.loading import load_model
+from rabatch.prefill import encode, prefill_units
 from tests.rabatch.engine import new_store, store_document, tail_logits
 
 pytestmark = pytest.mark.gpu
@@ -43,3 +44,22 @@ def test_cuda_answers_are_the_cpus(tmp_path: Path) -> None:
         answers[device] = [row["answer"] for row in rows]
     same = sum(a == b for a, b in zip(answers["cpu"], answers["cuda"], strict=True))
     assert same >= 11
+
+
+def test_a_prefill_on_the_card_is_the_cpus(tmp_path: Path) -> None:
+    """Keys, values and lists, brought to the host while the card went on: packed, in chunks that cross borders."""
+    texts = [str(generate_document(document_id="d", tokens=n, n_questions=1, seed=n)[0]["text"]) for n in (900, 1500)]
+    units = {}
+    for device in ("cpu", "cuda"):
+        loaded = load_model(ModelConfig(device=device, dtype="float32"))
+        contexts = [encode(loaded, "d", text) for text in texts]
+        units[device] = list(prefill_units(loaded, contexts, BUILD))
+    for (number, mine), (other, theirs) in zip(units["cpu"], units["cuda"], strict=True):
+        assert number == other
+        for name in ("keys", "values", "queries"):
+            if mine[name]:
+                ours, cuda = (torch.frombuffer(bytearray(u[name]), dtype=torch.float32) for u in (mine, theirs))
+                torch.testing.assert_close(cuda, ours, atol=2e-3, rtol=1e-3)
+        lists = [torch.frombuffer(bytearray(u["lists"]), dtype=torch.int32) for u in (mine, theirs) if u["lists"]]
+        if lists:
+            assert (lists[0] == lists[1]).float().mean() > 0.98  # rounding may swap keys that score alike
