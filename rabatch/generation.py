@@ -92,7 +92,7 @@ class Generation:
         if not course.processors:
             return row
         said = torch.cat([self._context_ids, torch.tensor(course.tail)]).to(row.device)
-        processed: Tensor = course.processors(said[None], row[None])
+        processed: Tensor = course.processors(said[None], row[None])  # type: ignore[arg-type]
         return processed[0]
 
     def _at_stop_string(self, course: Course) -> bool:

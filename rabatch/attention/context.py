@@ -13,9 +13,13 @@ from torch import Tensor
 from rabatch.attention.gather import attend_found
 from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
+from rabatch.attention.shared import attend_all
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
 from rabatch.index.base import KeyIndex
+
+_OBSERVED = 32
+"""Keys per row that evidence is drawn from where attention is exact and names its best keys only."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,18 @@ class QuestionAttention:
         )
         kept = None if exact else layer.static_rows
         keys, values = (layer.keys, layer.values) if kept is None else layer.static_set
+        ids: Tensor | None
+        scores: Tensor | None
+        if exact and rows.device.type == "cpu" and keys.shape[1]:
+            partial, ids, scores = attend_all(
+                rows, keys, values, top_k=_OBSERVED, scaling=call.scaling, softcap=call.softcap
+            )
+            self._count(rows.shape[1], q_tokens, keys.shape[1], None)
+            lse = merge([tail, partial]).lse
+            self._observe(call, rows, q_tokens, keys[:, :0], layer.static_rows[:0], ids, scores, lse)
+            return [partial]
         parts = [dense_partial(rows, keys, values, scaling=call.scaling, softcap=call.softcap)]
-        ids: Tensor | None = None
-        scores: Tensor | None = None
+        ids = scores = None
         if not exact and layer.index is not None and layer.index.n_keys:
             found = layer.index.search(
                 np.ascontiguousarray(rows.float().cpu().numpy()), k=min(self.recipe.top_k, layer.index.n_keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -291,10 +292,14 @@ def test_a_free_slot_takes_the_next_question(stored: Stored, method: str, slots:
     ],
     ids=["penalty", "sampled", "both"],
 )
-def test_tokens_are_those_of_transformers_generate(stored: Stored, settings: GenerationSettings) -> None:
+def test_tokens_are_those_of_transformers_generate(
+    stored: Stored, settings: GenerationSettings, tmp_path: Path
+) -> None:
     """Processors see context and tail, and draws come from a stream of the question's own: all answered together."""
     loaded, recipe = stored[0], Recipe(method="dense")
-    context = context_of(stored, recipe)
+    store = new_store(tmp_path)
+    manifest = store_document(loaded, store, stored[4], dataclasses.replace(BUILD, kv_dtype="float32"))
+    context = open_context(store, manifest, loaded, recipe)
     questions = stored[3][:4]
     rows = answer_batch(context, questions, recipe, settings, slots=3)
     for question, row in zip(questions, rows, strict=True):
