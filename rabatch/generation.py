@@ -63,7 +63,8 @@ class Generation:
 
     def _processors(self, prompt_tokens: int) -> LogitsProcessorList:
         """What transformers' `generate` would apply to the logits; some depend on the length of the prompt."""
-        model, config = self.loaded.model, copy.deepcopy(self.config)
+        model = self.loaded.model
+        config, _ = model._prepare_generation_config(copy.deepcopy(self.config))  # fills in transformers' defaults
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.loaded.config.device)
         made: LogitsProcessorList = model._get_logits_processor(
             config, input_ids_seq_length=prompt_tokens, device=self.loaded.config.device, model_kwargs={}
