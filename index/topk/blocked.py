@@ -18,7 +18,7 @@ from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import spread
 from rabatch.index.topk.base import Attended, Request, Span
 from rabatch.index.topk.best import push, rank
-from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest, lowest_bit
+from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest, lowest_bit, soften
 
 BLOCK_KEYS = 256  # their keys and values, as float32, fit the second-level cache; 128 and 512 measured no faster
 _TASK_ROWS = 480  # rows over which a block's unpacking is shared; 192 to 768 are within the noise of each other
@@ -124,7 +124,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
                     heap = scores[query_head, slot], ids[query_head, slot]
                     found[i] = _keep_best(lines, row, begin, limits, heap, found[i])
                 if softcap > 0:
-                    _soften(lines, row, panels, softcap, line)
+                    soften(lines, row, panels, softcap, line)
                 highest = greatest(lines, row, panels)  # type: ignore[call-arg, var-annotated]
                 if highest > best[i]:
                     factor = np.float32(np.exp(best[i] - highest))
@@ -163,17 +163,3 @@ def _keep_best(lines, row, begin, limits, heap, found):  # type: ignore[no-untyp
                 if found == k:
                     bar = scores[0]
     return found
-
-
-@compiled
-def _soften(lines, row, panels, softcap, line):  # type: ignore[no-untyped-def]
-    """Gemma 2: softcap * tanh(score / softcap), by tanh(x) = (1 - exp(-2x)) / (1 + exp(-2x)) for x >= 0."""
-    n = panels * LANES
-    for j in range(n):
-        line[j] = -2 * abs(lines[row + j]) / softcap
-    exp_minus(line, 0, panels, np.float32(0))  # type: ignore[call-arg]
-    for j in range(n):
-        x = softcap * (1 - line[j]) / (1 + line[j])
-        if lines[row + j] == -np.inf:
-            continue
-        lines[row + j] = x if lines[row + j] > 0 else -x

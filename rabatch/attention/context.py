@@ -14,6 +14,7 @@ from rabatch.attention.gather import attend_found
 from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.shared import attend_all
+from rabatch.attention.step import StaticSet, attend_sets
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
 from rabatch.index.base import KeyIndex
@@ -52,6 +53,11 @@ class ContextLayer:
     def static_set(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the static set in one piece and in float32: every step of every question reads them."""
         return self.keys[:, self.static_rows].float(), self.values[:, self.static_rows].float()
+
+    @cached_property
+    def static_panels(self) -> StaticSet:
+        """The static set as the compiled pass reads it."""
+        return StaticSet.of(*self.static_set, self.static_rows)
 
 
 class QuestionAttention:
@@ -112,9 +118,12 @@ class QuestionAttention:
         batch, heads, q_tokens, dim = call.query.shape
         n_kv = call.key.shape[1]
         grouped = call.query.reshape(batch, n_kv, heads // n_kv, q_tokens, dim)
-        tail = self._tail(call, grouped)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         layer = self.layers[call.layer]
+        states = self._tails.append(call.layer, call.key, call.value)
+        if rows.device.type == "cpu" and not call.sliding_window and not self._exact:
+            return self._compiled(call, layer, grouped, rows, states).to(call.query.dtype)
+        tail = self._tail(call, grouped, states)
         if call.sliding_window:
             parts = [self._sliding(call, layer, rows)]
         else:
@@ -123,10 +132,51 @@ class QuestionAttention:
         out = out.reshape(n_kv, batch, -1, q_tokens, dim).transpose(0, 1).reshape(batch, heads, q_tokens, dim)
         return out.transpose(1, 2).to(call.query.dtype)
 
-    def _tail(self, call: AttentionCall, grouped: Tensor) -> Partial:
+    @property
+    def _exact(self) -> bool:
+        """Whether the tokens of this pass attend every key of the context."""
+        method = self.recipe.method
+        return method == "dense" or (
+            method != "streaming" and self._question and self.recipe.question_attention == "exact"
+        )
+
+    def _compiled(
+        self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, rows: Tensor, tail: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Static set, found keys and tail in one pass."""
+        found = self._search(layer, rows)
+        if found is None:
+            shape = (*rows.shape[:2], 0)
+            found = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+        static = layer.static_panels
+        self._count(rows.shape[1], call.query.shape[2], len(static.positions), found[1])
+        return attend_sets(
+            grouped.transpose(0, 1),
+            static,
+            found,
+            layer.values,
+            tail,
+            self._tails.places,
+            self._tails.counts,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            mass=self._mass[self._slots],
+        )
+
+    def _search(self, layer: ContextLayer, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Raw products and rows of the layer of the keys that its index finds, [n_kv, n_rows, k]; -1: none."""
+        if layer.index is None or not layer.index.n_keys:
+            return None
+        found = layer.index.search(
+            np.ascontiguousarray(rows.float().cpu().numpy()), k=min(self.recipe.top_k, layer.index.n_keys)
+        )
+        ids = torch.from_numpy(found.ids).to(rows.device, torch.int64)
+        return torch.from_numpy(found.scores).to(rows.device), torch.where(ids >= 0, ids + layer.index_start, ids)
+
+    def _tail(self, call: AttentionCall, grouped: Tensor, states: tuple[Tensor, Tensor]) -> Partial:
         """Question and generated tokens among themselves: [n_kv, batch * group * q_tokens, ...]."""
         batch, n_kv, group, q_tokens, dim = grouped.shape
-        keys, values = self._tails.append(call.layer, call.key, call.value)
+        keys, values = states
         places = self._tails.places[:, :, None]  # [batch, q_tokens, 1]
         others = torch.arange(keys.shape[2], device=keys.device)
         mask = others <= places
@@ -157,10 +207,7 @@ class QuestionAttention:
     def _context(
         self, call: AttentionCall, layer: ContextLayer, rows: Tensor, q_tokens: int, tail: Partial
     ) -> list[Partial]:
-        method = self.recipe.method
-        exact = method == "dense" or (
-            method != "streaming" and self._question and self.recipe.question_attention == "exact"
-        )
+        exact = self._exact
         kept = None if exact else layer.static_rows
         keys, values = (layer.keys, layer.values) if kept is None else layer.static_set
         ids: Tensor | None
@@ -175,13 +222,9 @@ class QuestionAttention:
             return [partial]
         parts = [dense_partial(rows, keys, values, scaling=call.scaling, softcap=call.softcap)]
         ids = scores = None
-        if not exact and layer.index is not None and layer.index.n_keys:
-            found = layer.index.search(
-                np.ascontiguousarray(rows.float().cpu().numpy()), k=min(self.recipe.top_k, layer.index.n_keys)
-            )
-            ids = torch.from_numpy(found.ids).to(rows.device, torch.int64)
-            ids = torch.where(ids >= 0, ids + layer.index_start, ids)
-            scores = torch.from_numpy(found.scores).to(rows.device)
+        found = None if exact else self._search(layer, rows)
+        if found is not None:
+            scores, ids = found
             parts.append(attend_found(scores, ids, layer.values, scaling=call.scaling, softcap=call.softcap))
         self._count(rows.shape[1], q_tokens, keys.shape[1], ids)
         self._observe(call, rows, q_tokens, keys, kept, ids, scores, merge([tail, *parts]).lse)
