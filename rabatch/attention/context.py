@@ -143,11 +143,17 @@ class QuestionAttention:
     def _compiled(
         self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, rows: Tensor, tail: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Static set, found keys and tail in one pass."""
-        found = self._search(layer, rows)
-        if found is None:
-            shape = (*rows.shape[:2], 0)
-            found = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+        """Static set, found keys and tail in one pass. Padding is not searched for."""
+        counts, (_, batch, group, q_tokens, _) = self._tails.counts, grouped.transpose(0, 1).shape
+        real = (torch.arange(q_tokens) < counts[:, None])[:, None].expand(batch, group, q_tokens).reshape(-1)
+        k = min(self.recipe.top_k, layer.index.n_keys) if layer.index is not None else 0
+        found = (
+            torch.full((*rows.shape[:2], k), -torch.inf),
+            torch.full((*rows.shape[:2], k), -1, dtype=torch.int64),
+        )
+        searched = self._search(layer, rows[:, real])
+        if searched is not None:
+            found[0][:, real], found[1][:, real] = searched
         static = layer.static_panels
         self._count(rows.shape[1], call.query.shape[2], len(static.positions), found[1])
         return attend_sets(
