@@ -98,7 +98,7 @@ class _Recorder:
         return self
 
     def inside(self, module: ModuleType) -> AbstractContextManager[Any]:
-        """Every attention that `module` (prefill or decode) gives its model is recorded."""
+        """Every attention that `module` (prefill or executor) gives its model is recorded."""
         attending = module.attending
         return mock.patch.object(module, "attending", lambda session: attending(self.over(session)))
 
@@ -127,20 +127,23 @@ class _DecodeRecorder(_Recorder):
 
     def attend(self, call: Any) -> Tensor:
         out: Tensor = self.session.attend(call)
-        alive = torch.from_numpy(self.session.alive.copy())  # finished questions go on with padding
+        tails = self.session.tails
+        of_batch, last = torch.arange(len(tails.counts)), tails.counts - 1
+        keys, values = tails.of(call.layer)
         layer = self.session.layers[call.layer]
-        queries = call.query[alive, :, -1].unflatten(1, (call.key.shape[1], -1)).transpose(0, 1)  # [kv, b, group, dim]
-        tail = torch.einsum("hbgd,bhtd->hbgt", queries, call.key[alive]) * call.scaling
-        if call.mask is not None:  # the question's padding is in the tail
-            visible = call.mask.expand(len(alive), -1, -1, -1)[alive, 0, -1]
-            tail = tail.masked_fill(~visible[None, :, None], -torch.inf)
+        queries = (
+            call.query[of_batch, :, last].unflatten(1, (call.key.shape[1], -1)).transpose(0, 1)
+        )  # [kv, b, group, dim]
+        tail = torch.einsum("hbgd,bhtd->hbgt", queries, keys) * call.scaling
+        visible = torch.arange(keys.shape[2]) <= tails.places[of_batch, last][:, None]
+        tail = tail.masked_fill(~visible[None, :, None], -torch.inf)
         context = torch.einsum("hbgd,hnd->hbgn", queries, layer.keys.float()) * call.scaling
         scores = torch.cat([context, tail], dim=-1)
         # Recorded vectors must give the very output that the model went on with.
         weights = scores.softmax(dim=-1).split([context.shape[-1], tail.shape[-1]], dim=-1)
         again = torch.einsum("hbgn,hnd->bhgd", weights[0], layer.values.float())
-        again += torch.einsum("hbgt,bhtd->bhgd", weights[1], call.value[alive])
-        torch.testing.assert_close(again.flatten(1, 2), out[alive, -1], rtol=1e-3, atol=1e-4)
+        again += torch.einsum("hbgt,bhtd->bhgd", weights[1], values)
+        torch.testing.assert_close(again.flatten(1, 2), out[of_batch, last], rtol=1e-3, atol=1e-4)
         static = torch.cat([context[..., layer.static_rows], tail], dim=-1)
         self.seen[call.layer, "decode_queries"].append(queries.flatten(1, 2).float())
         self.seen[call.layer, "static_lse"].append(static.logsumexp(-1).flatten(1))
@@ -151,7 +154,7 @@ class _DecodeRecorder(_Recorder):
 
 def _record(tokens: int, n_questions: int, seed: int, list_length: int) -> dict[str, np.ndarray]:
     # Imported here: reading a cached result needs neither transformers nor the model.
-    from rabatch import IndexStore, decode, fingerprint, indexing, loading, prefill
+    from rabatch import IndexStore, decode, executor, fingerprint, indexing, loading, prefill
     from rabatch.demo.corpus import generate_document
     from rabatch.evaluation.scoring import exact_match
     from rabatch.storage.manifest import fingerprint_of
@@ -176,7 +179,7 @@ def _record(tokens: int, n_questions: int, seed: int, list_length: int) -> dict[
         about |= {"context_tokens": units[0]["context_tokens"], "units_geometry": geometry, "parts": parts}
         manifest = indexing.make_manifest(**where, **about, fingerprint_fields=fields, metadata={}, stats={})
         context = decode.open_context(store, store.commit(manifest), loaded, recipe)
-        with decoded.inside(decode):
+        with decoded.inside(executor):
             rows = decode.answer_batch(context, questions, recipe, GenerationSettings())
     assert all(row["status"] == "ok" for row in rows), [row["reason"] for row in rows]
     right = sum(exact_match(row["expected"], row["answer"]) for row in rows)

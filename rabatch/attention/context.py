@@ -76,7 +76,7 @@ class QuestionAttention:
         self.layers = layers
         self.context_tokens = context_tokens
         self.recipe = recipe
-        self._tails = Tails(len(layers), slots, layers[0].keys.device)
+        self.tails = Tails(len(layers), slots, layers[0].keys.device)
         self._attended = np.zeros(slots)
         self._queries = np.zeros(slots)
         self._mass = np.zeros((slots, context_tokens), dtype=np.float32)
@@ -91,20 +91,20 @@ class QuestionAttention:
         """
         self._slots = slice(first, first + len(counts))
         self._question = question
-        return self._tails.begin(first, counts)
+        return self.tails.begin(first, counts)
 
     def finish(self) -> None:
         """End the pass."""
-        self._tails.finish()
+        self.tails.finish()
 
     def clear(self, slot: int) -> None:
         """Make a slot ready for another question."""
-        self._tails.clear(slot)
+        self.tails.clear(slot)
         self._attended[slot] = self._queries[slot] = self._mass[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Put the question of one slot into another."""
-        self._tails.move(source, target)
+        self.tails.move(source, target)
         for kept in (self._attended, self._queries, self._mass):
             kept[target] = kept[source]
 
@@ -120,7 +120,7 @@ class QuestionAttention:
         grouped = call.query.reshape(batch, n_kv, heads // n_kv, q_tokens, dim)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         layer = self.layers[call.layer]
-        states = self._tails.append(call.layer, call.key, call.value)
+        states = self.tails.append(call.layer, call.key, call.value)
         if rows.device.type == "cpu" and not call.sliding_window and not self._exact:
             return self._compiled(call, layer, grouped, rows, states).to(call.query.dtype)
         tail = self._tail(call, grouped, states)
@@ -144,7 +144,7 @@ class QuestionAttention:
         self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, rows: Tensor, tail: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Static set, found keys and tail in one pass. Padding is not searched for."""
-        counts, (_, batch, group, q_tokens, _) = self._tails.counts, grouped.transpose(0, 1).shape
+        counts, (_, batch, group, q_tokens, _) = self.tails.counts, grouped.transpose(0, 1).shape
         real = (torch.arange(q_tokens) < counts[:, None])[:, None].expand(batch, group, q_tokens).reshape(-1)
         k = min(self.recipe.top_k, layer.index.n_keys) if layer.index is not None else 0
         found = (
@@ -162,8 +162,8 @@ class QuestionAttention:
             found,
             layer.values,
             tail,
-            self._tails.places,
-            self._tails.counts,
+            self.tails.places,
+            self.tails.counts,
             scaling=call.scaling,
             softcap=call.softcap,
             mass=self._mass[self._slots],
@@ -183,7 +183,7 @@ class QuestionAttention:
         """Question and generated tokens among themselves: [n_kv, batch * group * q_tokens, ...]."""
         batch, n_kv, group, q_tokens, dim = grouped.shape
         keys, values = states
-        places = self._tails.places[:, :, None]  # [batch, q_tokens, 1]
+        places = self.tails.places[:, :, None]  # [batch, q_tokens, 1]
         others = torch.arange(keys.shape[2], device=keys.device)
         mask = others <= places
         if call.sliding_window:
@@ -204,7 +204,7 @@ class QuestionAttention:
     def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor) -> Partial:
         """A natively sliding layer: the context keys within the window of each query, by true positions."""
         group = call.query.shape[1] // call.key.shape[1]
-        positions = (self.context_tokens + self._tails.places)[:, None].expand(-1, group, -1).reshape(-1)
+        positions = (self.context_tokens + self.tails.places)[:, None].expand(-1, group, -1).reshape(-1)
         n_rows = layer.keys.shape[1]
         key_positions = layer.first_position + torch.arange(n_rows, device=layer.keys.device)
         mask = key_positions[None, None, :] > positions[None, :, None] - call.sliding_window
@@ -238,7 +238,7 @@ class QuestionAttention:
 
     def _count(self, n_rows: int, q_tokens: int, n_static: int, ids: Tensor | None) -> None:
         """Adds the attended keys of every query that is not padding, averaged over the query heads."""
-        counts = self._tails.counts.cpu().numpy()
+        counts = self.tails.counts.cpu().numpy()
         attended = torch.full((1, n_rows), float(n_static))
         if ids is not None:
             attended = n_static + (ids >= 0).sum(-1).float().cpu()
@@ -259,7 +259,7 @@ class QuestionAttention:
         lse: Tensor,
     ) -> None:
         """Adds where the attention of each question's last token went: it is the one that answers."""
-        counts = self._tails.counts
+        counts = self.tails.counts
         batch, n_kv = len(counts), rows.shape[0]
         of_batch = torch.arange(batch, device=rows.device)
 

@@ -62,8 +62,13 @@ class Tails:
         slots = torch.arange(self._range.start, self._range.stop, device=keys.device)[:, None]
         for states, new in zip(held, (keys, values), strict=True):
             states[slots, :, self._places] = new.transpose(1, 2)
+        return self.of(layer)
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer in the slots of the pass, what was appended last included."""
+        keys, values = self._states[layer]
         mine = slice(self._range.start, self._range.stop)
-        return held[0][mine, :, : self._longest], held[1][mine, :, : self._longest]
+        return keys[mine, :, : self._longest], values[mine, :, : self._longest]
 
     def _room(self, like: Tensor, tokens: int) -> Tensor:
         return like.new_zeros((len(self.lengths), like.shape[1], tokens, like.shape[3]))
