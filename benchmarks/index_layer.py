@@ -20,8 +20,8 @@ from common.heads import TOP_K, Head, synthetic_heads
 from common.measures import best_seconds, machine, table
 from torch import Tensor
 
-from rabatch.attention.gather import attend_found
-from rabatch.attention.merge import Partial, dense_partial, merge
+from rabatch.attention.merge import dense_partial
+from rabatch.attention.step import StaticSet, attend_sets
 from rabatch.index.auto import AutoIndex
 from rabatch.index.mass import recovered_mass
 
@@ -43,6 +43,7 @@ class Layer:
         values = torch.from_numpy(rng.standard_normal(context.shape, dtype=np.float32))
         self.dense_values = {torch.bfloat16: values.bfloat16(), torch.float32: values}
         self.static_set = context[:, :STATIC].clone(), values[:, :STATIC].clone()  # in float32, as the engine keeps it
+        self.static_panels = StaticSet.of(*self.static_set, torch.arange(STATIC))
         self.queries = np.stack([head.queries for head in picked])
         samples = [head.sample for head in picked]
         self.index = AutoIndex.build(self.keys, samples, threads=threads, exact="bfloat16")  # as the context is held
@@ -52,15 +53,25 @@ class Layer:
         """Queries [KV_HEADS, batch x GROUP, HEAD_DIM]."""
         return np.ascontiguousarray(self.queries[:, : batch * GROUP])
 
-    def sparse(self, rows: np.ndarray) -> Partial:
-        """What a decode step does: the static set exactly, the top-k through the index, merged."""
-        queries = torch.from_numpy(rows)
+    def sparse(self, rows: np.ndarray) -> Tensor:
+        """What a decode step does: the static set exactly, the top-k through the index, in one pass."""
         values = self.dense_values[torch.bfloat16]
-        static = dense_partial(queries, *self.static_set, scaling=self.scaling)
         found = self.index.search(rows, k=TOP_K)
         ids, scores = torch.from_numpy(found.ids).long(), torch.from_numpy(found.scores)
-        ids = torch.where(ids >= 0, ids + STATIC, ids)
-        return merge([static, attend_found(scores, ids, values, scaling=self.scaling, softcap=None)])
+        batch = rows.shape[1] // GROUP
+        nothing = torch.empty(batch, KV_HEADS, 0, HEAD_DIM)
+        return attend_sets(
+            torch.from_numpy(rows).view(KV_HEADS, batch, GROUP, 1, HEAD_DIM),
+            self.static_panels,
+            (scores, torch.where(ids >= 0, ids + STATIC, ids)),
+            values,
+            (nothing, nothing),
+            torch.full((batch, 1), -1),
+            torch.ones(batch, dtype=torch.int64),
+            scaling=self.scaling,
+            softcap=None,
+            mass=np.zeros((batch, values.shape[1]), np.float32),
+        )
 
     def dense(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
         """All keys, by torch's own kernel."""

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rabatch.attention.gather import attend_found
-from rabatch.attention.merge import Partial, dense_partial, logits, merge
+from rabatch.attention.merge import Partial, dense_partial, gathered_partial, logits, merge
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.shared import attend_all
 from rabatch.attention.step import StaticSet, attend_sets
@@ -68,6 +67,9 @@ class QuestionAttention:
         context_tokens: Length of the context.
         slots: Questions under way at the same time, at most.
         recipe: What generated and question tokens attend.
+
+    Attributes:
+        compiled: Whether compiled kernels attend: on the CPU. Elsewhere torch does, which gives the same.
     """
 
     needs_mask = False
@@ -76,6 +78,7 @@ class QuestionAttention:
         self.layers = layers
         self.context_tokens = context_tokens
         self.recipe = recipe
+        self.compiled = layers[0].keys.device.type == "cpu"
         self.tails = Tails(len(layers), slots, layers[0].keys.device)
         self._attended = np.zeros(slots)
         self._queries = np.zeros(slots)
@@ -121,7 +124,7 @@ class QuestionAttention:
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         layer = self.layers[call.layer]
         states = self.tails.append(call.layer, call.key, call.value)
-        if rows.device.type == "cpu" and not call.sliding_window and not self._exact:
+        if self.compiled and not call.sliding_window and not self._exact:
             return self._compiled(call, layer, grouped, rows, states).to(call.query.dtype)
         tail = self._tail(call, grouped, states)
         if call.sliding_window:
@@ -218,7 +221,7 @@ class QuestionAttention:
         keys, values = (layer.keys, layer.values) if kept is None else layer.static_set
         ids: Tensor | None
         scores: Tensor | None
-        if exact and rows.device.type == "cpu" and keys.shape[1]:
+        if exact and self.compiled and keys.shape[1]:
             partial, ids, scores = attend_all(
                 rows, keys, values, top_k=_OBSERVED, scaling=call.scaling, softcap=call.softcap
             )
@@ -231,7 +234,7 @@ class QuestionAttention:
         found = None if exact else self._search(layer, rows)
         if found is not None:
             scores, ids = found
-            parts.append(attend_found(scores, ids, layer.values, scaling=call.scaling, softcap=call.softcap))
+            parts.append(gathered_partial(scores, ids, layer.values, scaling=call.scaling, softcap=call.softcap))
         self._count(rows.shape[1], q_tokens, keys.shape[1], ids)
         self._observe(call, rows, q_tokens, keys, kept, ids, scores, merge([tail, *parts]).lse)
         return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,11 +53,18 @@ def new_store(folder: Path) -> IndexStore:
 
 
 @torch.inference_mode()
-def tail_logits(context: OpenContext, tails: Sequence[list[int]], recipe: Recipe, steps: int = 1) -> Tensor:
-    """Logits after each tail and `steps` - 1 greedily generated tokens: [batch, steps, vocab]."""
+def tail_logits(
+    context: OpenContext,
+    tails: Sequence[list[int]],
+    recipe: Recipe,
+    steps: int = 1,
+    then: Callable[[Executor], None] = lambda executor: None,
+) -> Tensor:
+    """Logits after each tail and `steps` - 1 greedily generated tokens, [batch, steps, vocab]; `then` looks on."""
     generation = Generation(context.loaded, GenerationSettings(max_new_tokens=steps), context.token_ids)
     executor = Executor(context, recipe, generation, slots=len(tails))
     found = [executor.forward(0, tails, question=True)]
     for _ in range(steps - 1):
         found.append(executor.forward(0, found[-1].argmax(-1, keepdim=True).tolist(), question=False))
+    then(executor)
     return torch.stack(found, dim=1)

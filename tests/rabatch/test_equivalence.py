@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rabatch.attention.context import QuestionAttention
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.decode import OpenContext, answer_batch, open_context
 from rabatch.demo.corpus import generate_document
+from rabatch.executor import Executor
 from rabatch.loading import LoadedModel, load_model
 from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import ARCHITECTURES, SLIDING, SLIDING_LAYERS, save_tiny_model
@@ -127,3 +131,33 @@ def test_generate_equals_transformers(setting: tuple) -> None:
         text = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert row["status"] == "ok", row["reason"]
         assert row["answer"] == text
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming", "flat", "graph"])
+@pytest.mark.parametrize("question_attention", ["exact", "index"])
+def test_torch_attends_as_the_compiled_kernels_do(
+    setting: tuple, method: str, question_attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a card, run on the CPU: the same logits, shares and evidence."""
+    context, recipe = opened(setting, method=method, top_k=20, question_attention=question_attention)
+    found = {}
+    seen: list[tuple] = []
+    begin = QuestionAttention.begin
+
+    def on_card(self: QuestionAttention, *args: Any, **options: Any) -> torch.Tensor:
+        self.compiled = False
+        return begin(self, *args, **options)
+
+    def remember(self: Executor) -> None:
+        seen.append(tuple(self.attention.seen(slot) for slot in range(len(QUESTIONS))))
+
+    for name in ("compiled", "torch"):
+        with monkeypatch.context() as patch:
+            if name == "torch":
+                patch.setattr(QuestionAttention, "begin", on_card)
+            found[name] = tail_logits(context, tails(setting[1]), recipe, STEPS, then=remember)
+    torch.testing.assert_close(found["torch"], found["compiled"], atol=TOLERANCE, rtol=TOLERANCE)
+    for (mine, share), (theirs, other_share) in zip(*seen, strict=True):
+        assert share == pytest.approx(other_share)
+        if method != "dense" and question_attention == "index":  # exact attention names its best keys only
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)

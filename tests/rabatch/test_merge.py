@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabatch.attention import merge as merge_module
-from rabatch.attention.gather import attend_found
 from rabatch.attention.merge import Partial, dense_partial, gathered_partial, logits, merge
 
 
@@ -107,23 +106,3 @@ def test_softcap_keeps_the_order() -> None:
 def test_merge_of_one_is_itself() -> None:
     part = Partial(torch.randn(1, 2, 3), torch.randn(1, 2))
     torch.testing.assert_close(merge([part]).out, part.out)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("n_kv", "n_rows", "k", "dim"), [(1, 1, 1, 1), (2, 5, 9, 7), (3, 4, 40, 65), (1, 2, 0, 8)], ids=str
-)
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_kernel_over_found_keys_equals_the_reference(dtype, n_kv, n_rows, k, dim, softcap, threads):
-    generator = torch.Generator().manual_seed(3)
-    values = torch.randn(n_kv, 50, dim, generator=generator).to(dtype)
-    ids = torch.rand(n_kv, n_rows, 50, generator=generator).argsort(dim=-1)[..., :k]
-    ids[torch.rand(ids.shape, generator=generator) < 0.3] = -1
-    ids[0, 0] = -1  # a row that finds nothing
-    scores = 5 * torch.randn(ids.shape, generator=generator)
-    found = attend_found(scores, ids, values, scaling=0.7, softcap=softcap, threads=threads)
-    expected = gathered_partial(scores, ids, values, scaling=0.7, softcap=softcap)
-    torch.testing.assert_close(found.out, expected.out)
-    torch.testing.assert_close(found.lse, expected.lse)
-    assert not found.out[0, 0].any()
