@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+if not torch.cuda.is_available():
+    # Without a card Triton's kernels run interpreted. Read when triton is first imported, by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ray's workers yield to every other process by default; tests have time limits. Subprocesses inherit it.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are defined
 
 from rabatch.index.topk import Attended, Sample, attention_topk
 
