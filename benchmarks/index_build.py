@@ -208,7 +208,8 @@ def recalls(index: GraphIndex, keys: np.ndarray, queries: np.ndarray, base: int)
 
 def decode_step_seconds(tokens: int, threads: int) -> float:
     """Seconds per generated token of one question over a stored context of `tokens`, recipe graph."""
-    from rabatch.decode import answer_batch, open_context
+    from rabatch.contexts import open_context
+    from rabatch.decode import answer_batch
     from rabatch.demo.run import run_demo
     from rabatch.loading import load_model
     from rabatch.storage.store import IndexStore

@@ -89,10 +89,6 @@ class _Recorder:
     def __init__(self) -> None:
         self.seen: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
-    @property
-    def needs_mask(self) -> bool:
-        return bool(self.session.needs_mask)
-
     def over(self, session: Any) -> _Recorder:
         self.session = session
         return self
@@ -154,7 +150,7 @@ class _DecodeRecorder(_Recorder):
 
 def _record(tokens: int, n_questions: int, seed: int, list_length: int) -> dict[str, np.ndarray]:
     # Imported here: reading a cached result needs neither transformers nor the model.
-    from rabatch import IndexStore, decode, executor, fingerprint, indexing, loading, prefill
+    from rabatch import IndexStore, contexts, decode, executor, fingerprint, indexing, loading, prefill
     from rabatch.demo.corpus import generate_document
     from rabatch.evaluation.scoring import exact_match
     from rabatch.storage.manifest import fingerprint_of
@@ -178,7 +174,7 @@ def _record(tokens: int, n_questions: int, seed: int, list_length: int) -> dict[
         about: dict[str, Any] = {"text_chars": len(text), "content_sha256": indexing.content_digest(text)}
         about |= {"context_tokens": units[0]["context_tokens"], "units_geometry": geometry, "parts": parts}
         manifest = indexing.make_manifest(**where, **about, fingerprint_fields=fields, metadata={}, stats={})
-        context = decode.open_context(store, store.commit(manifest), loaded, recipe)
+        context = contexts.open_context(store, store.commit(manifest), loaded, recipe)
         with decoded.inside(executor):
             rows = decode.answer_batch(context, questions, recipe, GenerationSettings())
     assert all(row["status"] == "ok" for row in rows), [row["reason"] for row in rows]

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from rabatch.config import GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import OpenContext, answer_each, open_context
+from rabatch.contexts import OpenContext, open_context
+from rabatch.decode import answer_each
 from rabatch.jobs.catalog import failed_row
 from rabatch.jobs.cluster import limit_threads
 from rabatch.jobs.messages import fatal, one_row, reason

@@ -8,12 +8,10 @@ from typing import Any
 
 from rabatch.attention.evidence import spans
 from rabatch.config import GenerationSettings, Recipe
-from rabatch.contexts import OpenContext, open_context
+from rabatch.contexts import OpenContext
 from rabatch.errors import QuestionError, RabatchError
 from rabatch.executor import Answered, Executor
 from rabatch.generation import Course, Generation
-
-__all__ = ["OpenContext", "answer_batch", "answer_each", "open_context"]
 
 _log = logging.getLogger(__name__)
 Row = dict[str, Any]

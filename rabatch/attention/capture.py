@@ -25,8 +25,6 @@ class PrefillCapture:
         windows: Native sliding window by layer, 0 for full attention; known after the first chunk.
     """
 
-    needs_mask = False
-
     def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox) -> None:
         self.contexts = list(contexts)
         self.chunk_start = 0

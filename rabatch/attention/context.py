@@ -69,10 +69,9 @@ class QuestionAttention:
         recipe: What generated and question tokens attend.
 
     Attributes:
-        compiled: Whether compiled kernels attend: on the CPU. Elsewhere torch does, which gives the same.
+        compiled: Whether compiled kernels attend: on the CPU. Elsewhere torch does, with the same output; where
+            attention is exact, evidence is then drawn from all keys and not from the best of each row alone.
     """
-
-    needs_mask = False
 
     def __init__(self, layers: Sequence[ContextLayer], *, context_tokens: int, slots: int, recipe: Recipe) -> None:
         self.layers = layers

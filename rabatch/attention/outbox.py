@@ -25,13 +25,11 @@ class Outbox:
         """A tensor on the host with these contents, once `wait` has returned. On the CPU: the tensor itself.
 
         Args:
-            to: Host memory of this shape to fill, or None for new memory. Copies are asynchronous where `to` is
-                contiguous.
+            to: On a card, host memory of this shape to fill, or None for new memory. Copies are asynchronous where
+                `to` is contiguous.
         """
         if self._stream is None:
-            if to is None:
-                return tensor
-            return to.copy_(tensor)
+            return tensor
         target = self.room(tuple(tensor.shape), tensor.dtype) if to is None else to
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(self._stream):

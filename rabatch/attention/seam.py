@@ -32,7 +32,6 @@ class AttentionCall:
         layer: Index of the layer.
         query: [batch, n_query_heads, q_tokens, head_dim], rotated.
         key, value: [batch, n_kv_heads, kv_tokens, head_dim]: what the cache returned.
-        mask: Bool [batch, 1, q_tokens, kv_tokens], True where visible; None: causal, or all for a single query.
         scaling: Factor on q·k.
         softcap: Bound of the logits, or None.
         sliding_window: The layer's native window in tokens, or 0 for full attention.
@@ -42,20 +41,13 @@ class AttentionCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
     scaling: float
     softcap: float | None
     sliding_window: int
 
 
 class Attending(Protocol):
-    """Whoever computes attention while it is active.
-
-    Attributes:
-        needs_mask: Whether transformers should make the mask of the call; a chunk's is as large as chunk times context.
-    """
-
-    needs_mask: bool
+    """Whoever computes attention while it is active, and knows which keys a query sees."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Returns [batch, q_tokens, n_query_heads, head_dim] in the query's dtype."""
@@ -100,7 +92,6 @@ def _attention(
         query=query,
         key=key,
         value=value,
-        mask=attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sliding_window=kwargs.get("sliding_window") or 0,
@@ -109,8 +100,9 @@ def _attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """None while somebody attends: a mask would be as large as chunk times context."""
     session = _active.get()
-    return None if session is not None and not session.needs_mask else sdpa_mask(*args, **kwargs)
+    return None if session is not None else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rabatch.index.topk import Attended, Sample, attention_topk
+from rabatch.index.topk import Attended, Sample, Span, attention_topk
 
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 IMPLS = ["blocked", pytest.param("triton", marks=NO_TRITON)]
@@ -97,3 +97,39 @@ def check(impl, queries, keys, values, *, sample=None, slack=0.0, **options):
         allowed.scatter_(2, torch.where(may < 0, n_keys, may), True)
         assert allowed.gather(2, found.ids.clamp(min=0).long())[found.ids >= 0].all(), "a key the row may not keep"
     return found
+
+
+# Several blocks of keys for `blocked`; for the slow interpreter of Triton as few as are two tiles of rows and of keys.
+N_HEADS, N_KV = {"blocked": 4, "triton": 2}, {"blocked": 2, "triton": 1}
+N_ROWS, N_KEYS = {"blocked": 150, "triton": 40}, {"blocked": 600, "triton": 100}
+STEP = {"blocked": 3, "triton": 11}  # from sampled row to sampled row
+# Where logits are large, `triton` rounds each of them before it subtracts the maximum.
+ROUNDING = {"blocked": 0.0, "triton": 1.2e-7}
+
+
+def vectors_of(impl, **options):
+    """Queries, keys and values for `impl`, the rows the last ones of the keys."""
+    return states(N_HEADS[impl], N_KV[impl], N_ROWS[impl], N_KEYS[impl], **options)
+
+
+def sample_of(impl):
+    return every(N_ROWS[impl], N_KEYS[impl], STEP[impl])
+
+
+def every(n_rows, n_keys, step=3, k=8):
+    """Every `step`-th row, all keys."""
+    return sampled(range(0, n_rows, step), 0, n_keys, k)
+
+
+SPANS = {  # over 70 rows and 150 keys, of which some belong to nobody
+    "packed": [Span(0, 30, 0, 0), Span(30, 31, 30, 30), Span(31, 70, 31, 111)],
+    "chunks": [Span(0, 20, 0, 25), Span(20, 70, 50, 100)],
+    "left-padding": [Span(13, 70, 13, 60)],
+    "right-padding": [Span(0, 41, 0, 7)],
+    "gaps": [Span(3, 20, 5, 9), Span(25, 26, 40, 60), Span(40, 60, 70, 80)],
+    "one-row-each": [Span(i, i + 1, 2 * i, 2 * i + 1) for i in range(0, 70, 5)],
+    "keys-in-another-order": [Span(0, 30, 100, 110), Span(30, 70, 0, 40)],
+    "a-shared-beginning": [Span(0, 30, 0, 50), Span(30, 70, 0, 90)],
+    "with-an-empty-one": [Span(0, 30, 0, 0), Span(30, 30, 30, 30), Span(30, 70, 30, 30)],
+    "nobody": [],
+}

@@ -23,18 +23,10 @@ from index_kinds import (
 )
 from index_samples import samples_of
 
-from rabatch.index import scan
 from rabatch.index.base import KeyIndex
 from rabatch.index.flat import FlatIndex
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_scans():
-    """Scans use their codes from 20 keys on; the shipped limit would make every scan here an exact search."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "MIN_KEYS", 20)
-        patch.setattr(scan, "EXCEPTIONS", 3)
-        yield
+pytestmark = pytest.mark.usefixtures("small_scans")
 
 
 @all_kinds

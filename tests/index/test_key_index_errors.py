@@ -14,19 +14,11 @@ from index_kinds import (
 )
 
 from rabatch.errors import ConfigError, KeysError, RabatchError
-from rabatch.index import scan
 from rabatch.index.base import QuerySample
 from rabatch.index.flat import FlatIndex
 from rabatch.index.scan import ScanIndex
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_scans():
-    """Scans use their codes from 20 keys on; the shipped limit would make every scan here an exact search."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "MIN_KEYS", 20)
-        patch.setattr(scan, "EXCEPTIONS", 3)
-        yield
+pytestmark = pytest.mark.usefixtures("small_scans")
 
 
 @all_kinds

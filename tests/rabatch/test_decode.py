@@ -14,7 +14,8 @@ import torch
 from rabatch.attention.context import ContextLayer, QuestionAttention
 from rabatch.attention.seam import AttentionCall
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import OpenContext, answer_batch, open_context
+from rabatch.contexts import OpenContext, open_context
+from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import FingerprintError, IntegrityError
 from rabatch.evaluation.scoring import exact_match
@@ -250,7 +251,7 @@ def test_padding_queries_count_nothing() -> None:
     attention = QuestionAttention([layer], context_tokens=50, slots=2, recipe=Recipe(method="streaming"))
     query, tail = torch.randn(2, 2, 5, 4), torch.randn(2, 1, 5, 4)
     attention.begin(0, [5, 2], question=True)
-    out = attention.attend(AttentionCall(0, query, tail, tail, None, 0.5, None, 0))
+    out = attention.attend(AttentionCall(0, query, tail, tail, 0.5, None, 0))
     assert torch.isfinite(out).all()
     np.testing.assert_array_equal(attention._queries, [5, 2])
     assert [attention.seen(slot)[1] for slot in (0, 1)] == pytest.approx([0.4, 0.4])

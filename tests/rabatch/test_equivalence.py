@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from rabatch.attention.context import QuestionAttention
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import OpenContext, answer_batch, open_context
+from rabatch.contexts import OpenContext, open_context
+from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.executor import Executor
 from rabatch.loading import LoadedModel, load_model

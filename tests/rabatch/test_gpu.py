@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import answer_batch, open_context
+from rabatch.contexts import open_context
+from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.loading import load_model
 from rabatch.prefill import encode, prefill_units

@@ -15,7 +15,8 @@ from rabatch import prefill
 from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import AttentionCall, attending
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
-from rabatch.decode import answer_batch, open_context
+from rabatch.contexts import open_context
+from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import DocumentError, KeysError
 from rabatch.fingerprint import index_fields
@@ -55,14 +56,10 @@ def dense_calls(loaded: LoadedModel, context: EncodedContext) -> dict[int, Atten
     calls: dict[int, AttentionCall] = {}
 
     class Recorder:
-        needs_mask = True
-
         def attend(self, call: AttentionCall) -> torch.Tensor:
             calls[call.layer] = call
             keys, values = (t.repeat_interleave(call.query.shape[1] // t.shape[1], 1) for t in (call.key, call.value))
-            attended = scaled_dot_product_attention(
-                call.query, keys, values, attn_mask=call.mask, is_causal=call.mask is None, scale=call.scaling
-            )
+            attended = scaled_dot_product_attention(call.query, keys, values, is_causal=True, scale=call.scaling)
             return attended.transpose(1, 2)
 
     with torch.inference_mode(), attending(Recorder()):
