@@ -21,7 +21,8 @@ from common.measures import best_seconds, machine, table
 from torch import Tensor
 
 from rabatch.attention.merge import dense_partial
-from rabatch.attention.step import StaticSet, attend_sets
+from rabatch.attention.sets import Found, StaticSet
+from rabatch.attention.step import attend_compiled
 from rabatch.index.auto import AutoIndex
 from rabatch.index.mass import recovered_mass
 
@@ -43,7 +44,7 @@ class Layer:
         values = torch.from_numpy(rng.standard_normal(context.shape, dtype=np.float32))
         self.dense_values = {torch.bfloat16: values.bfloat16(), torch.float32: values}
         self.static_set = context[:, :STATIC].clone(), values[:, :STATIC].clone()  # in float32, as the engine keeps it
-        self.static_panels = StaticSet.of(*self.static_set, torch.arange(STATIC))
+        self.static = StaticSet(*self.static_set, torch.arange(STATIC))
         self.queries = np.stack([head.queries for head in picked])
         samples = [head.sample for head in picked]
         self.index = AutoIndex.build(self.keys, samples, threads=threads, exact="bfloat16")  # as the context is held
@@ -60,18 +61,20 @@ class Layer:
         ids, scores = torch.from_numpy(found.ids).long(), torch.from_numpy(found.scores)
         batch = rows.shape[1] // GROUP
         nothing = torch.empty(batch, KV_HEADS, 0, HEAD_DIM)
-        return attend_sets(
+        return attend_compiled(
             torch.from_numpy(rows).view(KV_HEADS, batch, GROUP, 1, HEAD_DIM),
-            self.static_panels,
-            (scores, torch.where(ids >= 0, ids + STATIC, ids)),
+            self.static,
+            lambda: Found(scores, torch.where(ids >= 0, ids + STATIC, ids)),
             values,
             (nothing, nothing),
+            torch.zeros(batch, dtype=torch.int64),
             torch.full((batch, 1), -1),
             torch.ones(batch, dtype=torch.int64),
             scaling=self.scaling,
             softcap=None,
+            goal=1.0,
             mass=np.zeros((batch, values.shape[1]), np.float32),
-        )
+        ).out
 
     def dense(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
         """All keys, by torch's own kernel."""

@@ -140,7 +140,7 @@ class _DecodeRecorder(_Recorder):
         again = torch.einsum("hbgn,hnd->bhgd", weights[0], layer.values.float())
         again += torch.einsum("hbgt,bhtd->bhgd", weights[1], values)
         torch.testing.assert_close(again.flatten(1, 2), out[of_batch, last], rtol=1e-3, atol=1e-4)
-        static = torch.cat([context[..., layer.static_rows], tail], dim=-1)
+        static = torch.cat([context[..., layer.static.positions], tail], dim=-1)
         self.seen[call.layer, "decode_queries"].append(queries.flatten(1, 2).float())
         self.seen[call.layer, "static_lse"].append(static.logsumexp(-1).flatten(1))
         self.seen[call.layer, "dense_lse"].append(scores.logsumexp(-1).flatten(1))

@@ -143,3 +143,33 @@ def _spread(out, at, step, codes, head, key, half):  # type: ignore[no-untyped-d
                 out[at + t * step] = _bfloat16(codes[head, key, t])  # type: ignore[call-arg]
 
     return bits
+
+
+def widen(out: np.ndarray, codes: np.ndarray, head: int, first: int, n: int, half: bool) -> None:
+    """Write the numbers of `codes[head, first : first + n]` to `out[:n]`; codes as of `dot`, but [n_heads, any].
+
+    Args:
+        out: One-dimensional, float32.
+    """
+    out[:n] = _numbers(codes[head, first : first + n], half)
+
+
+@overload(widen)  # type: ignore[misc]
+def _widen(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
+    if codes.dtype != types.uint16:
+
+        def number(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
+            for i in range(n):
+                out[i] = codes[head, first + i]
+
+        return number
+
+    def bits(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
+        if half:
+            for i in range(n):
+                out[i] = _float16(codes[head, first + i])  # type: ignore[call-arg]
+        else:
+            for i in range(n):
+                out[i] = _bfloat16(codes[head, first + i])  # type: ignore[call-arg]
+
+    return bits

@@ -25,7 +25,7 @@ from rabatch.errors import StoreError
 from rabatch.evaluation.scoring import exact_match
 from rabatch.fingerprint import model_fields
 from rabatch.jobs import cluster
-from rabatch.jobs.answering import PARTS, AnswerActor, AnswerSettings, part_path
+from rabatch.jobs.answering import CALLS, PARTS, AnswerActor, AnswerSettings, part_path
 from rabatch.jobs.catalog import Batch, Catalog, chunks, failed_row, join
 from rabatch.jobs.messages import raise_fatal
 from rabatch.jobs.output import jsonl_bytes, parquet_bytes, read_parquet
@@ -64,7 +64,7 @@ def answer(
         recipe: How the context is attended, or the name of a method.
         generation: Overrides of the model's own generation settings.
         output: Folder (path or URL) for ``answers.parquet`` and ``answers.jsonl``. None: only the result.
-        resources: Actors, their CPUs and GPUs, questions decoded together.
+        resources: Actors, their CPUs, GPUs and memory, questions decoded together.
         address: Of a Ray cluster. None: an embedded Ray.
         storage_options: Of fsspec, for `questions`, `store` and `output`.
         fingerprint: Answer from these indexes only. None: of each document the newest of this model.
@@ -106,6 +106,8 @@ def answer(
     reused = sum(len(rows) for rows in finished.values())
     open_batches = [batch for batch in batches if batch.key not in finished]
     if open_batches:
+        gpus = cluster.gpus_per_actor(resources, settings.device)
+        pool = cluster.answer_pool(resources, connected, n_rows=len(open_batches), gpus=gpus)
         actor = AnswerSettings(
             model=settings,
             store_url=index.url,
@@ -115,10 +117,12 @@ def answer(
             output=None if folder is None else folder.url,
             threads=resources.cpus_per_actor,
             slots=resources.questions_per_batch,
+            memory_bytes=resources.memory_bytes,
+            sharing=math.ceil(pool / connected.machines),
         )
         n_questions = sum(len(batch.questions) for batch in open_batches)
         with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
-            for key, rows in _run(open_batches, actor, resources, connected):
+            for key, rows in _run(open_batches, actor, pool, gpus):
                 if key not in finished:
                     finished[key] = rows
                     bar.update(len(rows))
@@ -154,16 +158,11 @@ def _earlier(folder: Folder, batches: list[Batch]) -> dict[str, Rows]:
     return found
 
 
-def _run(
-    batches: list[Batch], settings: AnswerSettings, resources: Resources, connected: cluster.Cluster
-) -> Iterator[tuple[str, Rows]]:
-    """Key and answers of each batch, as they come."""
-    gpus = cluster.gpus_per_actor(resources, settings.model.device)
-    cpus = resources.cpus_per_actor
+def _run(batches: list[Batch], settings: AnswerSettings, pool: int, gpus: float) -> Iterator[tuple[str, Rows]]:
+    """Key and answers of each batch, as they come, from `pool` actors."""
     by_document: dict[str, list[Batch]] = defaultdict(list)
     for batch in batches:
         by_document[batch.manifest.document_id].append(batch)
-    pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus)
     # One actor per document opens its index once; with few documents, several share one so that none idles.
     share = max(1, math.ceil(pool / len(by_document)))
     work = []
@@ -175,7 +174,9 @@ def _run(
     work.sort(key=lambda item: -item[0])
     with cluster.dataset_context(row_blocks=True):
         rows = ray.data.from_items([row for _, row in work], override_num_blocks=len(work)).map_batches(
-            AnswerActor, fn_constructor_args=(settings,), **cluster.actor_options(pool, cpus=cpus, gpus=gpus)
+            AnswerActor,
+            fn_constructor_args=(settings,),
+            **cluster.actor_options(pool, cpus=settings.threads, gpus=gpus, calls=CALLS),
         )
         for row in cluster.rows_of(rows):
             if row["fatal"] is not None:

@@ -46,11 +46,13 @@ class Cluster:
         cpus: Logical CPUs.
         gpus: CUDA devices.
         cores: Physical parallelism: `cpus`, or less where the embedded Ray declares more CPUs than there are.
+        machines: Over which Ray spreads actors.
     """
 
     cpus: int
     gpus: int
     cores: int
+    machines: int = 1
 
 
 def checkout_root() -> Path | None:
@@ -93,8 +95,9 @@ def connect(address: str | None = None) -> Cluster:
             raise ConfigError("address", address, fix) from error
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    alone = len(ray.nodes()) == 1
-    return Cluster(cpus=cpus, gpus=gpus, cores=min(cpus, os.cpu_count() or cpus) if alone else cpus)
+    machines = sum(bool(node["Alive"]) for node in ray.nodes())
+    cores = min(cpus, os.cpu_count() or cpus) if machines == 1 else cpus
+    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines))
 
 
 def _quiet() -> None:
@@ -151,13 +154,18 @@ def dataset_context(*, row_blocks: bool) -> Iterator[None]:
             yield
 
 
-def actor_options(pool: int, *, cpus: float, gpus: float) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of `pool` actors that take one row at a time."""
+def actor_options(pool: int, *, cpus: float, gpus: float, calls: int = 1) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of `pool` actors that take one row at a time.
+
+    Args:
+        calls: Calls of an actor that run at the same time, each with a row; more than one from threads of their own.
+    """
+    calls_at_once: dict[str, Any] = {"max_concurrent_calls_per_actor": calls, "enable_true_multi_threading": calls > 1}
     return {
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
-        "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
+        "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2, **calls_at_once),
         "num_cpus": cpus,
         "num_gpus": gpus,
         "max_restarts": -1,

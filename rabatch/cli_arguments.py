@@ -119,6 +119,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
     _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
     _number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by")
+    _number(
+        group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
+    )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
@@ -141,8 +144,22 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
     _number(group, "--search-list", _RECIPE.search_list, "candidates of a graph search; 0: twice top-k")
     group.add_argument(
+        "--budget",
+        choices=("auto", "fixed", "mass", "profile", "pyramid"),
+        default=_RECIPE.budget,
+        help=f"how many of the top-k each head retrieves ({_RECIPE.budget})",
+    )
+    _number(group, "--mass", _RECIPE.mass, "share of the softmax mass that budgets mass and profile keep", kind=float)
+    group.add_argument(
+        "--estimate",
+        action=argparse.BooleanOptionalAction,
+        default=_RECIPE.estimate,
+        help="estimate keys that are not retrieved by the index's zones (where it has zones)",
+    )
+    _number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
+    group.add_argument(
         "--question-attention",
-        choices=("exact", "index"),
+        choices=("exact", "index", "auto"),
         default=_RECIPE.question_attention,
         help=f"how question tokens attend ({_RECIPE.question_attention})",
     )
@@ -156,6 +173,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     _number(group, "--seed", _GENERATION.seed, "of sampling")
     group = _add_resources(parser, "--answer-actors")
     _number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
+    _number(group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free")
     add_common(parser)
 
 
@@ -212,6 +230,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         query_share=arguments.query_share,
         query_top_k=arguments.query_top_k,
         sample_vectors=arguments.sample_vectors,
+        zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
     )
@@ -231,6 +250,10 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = Recipe(
         method=arguments.recipe,
         top_k=arguments.top_k,
+        budget=arguments.budget,
+        mass=arguments.mass,
+        estimate=arguments.estimate,
+        tail_tokens=arguments.tail_tokens,
         search_list=arguments.search_list,
         question_attention=arguments.question_attention,
     )
@@ -250,7 +273,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "generation": generation,
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
-        "resources": _resources(arguments, "answer_actors", "questions_per_batch"),
+        "resources": _resources(arguments, "answer_actors", "questions_per_batch", "memory_bytes"),
         **_shared_settings(arguments),
     }
 

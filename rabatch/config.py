@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from rabatch.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-Method = Literal["dense", "streaming", "flat", "graph"]
-METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph")
+Method = Literal["dense", "streaming", "flat", "graph", "auto"]
+METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "auto")
 
 
 class _Checked:
@@ -106,6 +106,8 @@ class BuildConfig(_Checked):
         sample_vectors: How many of the sampled queries, per KV head and at most, are known by their vectors too: from
             them come the coordinates that graphs are made in. Rounded down to whole positions (a multiple of the
             query heads that share a KV head). 0: graphs are made of the keys as they are.
+        zone_tokens: Keys per zone, about: what is not retrieved can be estimated from the sums of zones. Smaller: a
+            little better, and more zones for every query to look at. 0: no zones are stored.
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
@@ -118,13 +120,14 @@ class BuildConfig(_Checked):
     query_share: float = 0.25
     query_top_k: int = 32
     sample_vectors: int = 1024
+    zone_tokens: int = 64
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
-        self._at_least(0, "sink_tokens", "sample_vectors")
+        self._at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", ("graph", "none"))
         self._one_of("kv_dtype", ("auto", *DTYPES))
@@ -136,7 +139,7 @@ class BuildConfig(_Checked):
         fields = self.to_dict()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
         if self.index == "none":
-            for name in ("graph", "query_share", "query_top_k", "sample_vectors"):
+            for name in ("graph", "query_share", "query_top_k", "sample_vectors", "zone_tokens"):
                 del fields[name]
         return fields
 
@@ -147,23 +150,49 @@ class Recipe(_Checked):
 
     Args:
         method: ``dense`` (every key), ``streaming`` (static set only), ``flat`` (static set + exact top-k),
-            ``graph`` (static set + top-k found by graph search).
+            ``graph`` (static set + top-k found by graph search), ``auto`` (of ``dense`` and ``graph`` the one that is
+            faster for this context and as many questions, by times taken on this machine).
         top_k: Keys retrieved per query head beyond the static set. At least as many as the index holds: full budget.
+        budget: How many of them: ``fixed`` (`top_k`), ``mass`` (of each query the best that together hold `mass` of
+            the softmax), ``profile`` (per head, by how the context's own queries attended when the index was built),
+            ``pyramid`` (falling over the layers, `top_k` on average), ``auto`` (profile; fixed where the index holds
+            none).
+        mass: Share of the softmax mass that ``mass`` and ``profile`` keep.
+        estimate: Whether the keys that are not retrieved are estimated by the zones of the index (RetroInfer), and not
+            left out. None: where the index has zones.
         search_list: Candidates kept during graph search (ef); higher finds more and costs more. 0: 2 x top_k.
-        question_attention: How the question's tokens attend the context: ``exact`` (all keys) or ``index``
-            (like generated tokens).
+        question_attention: How the question's tokens attend the context: ``exact`` (all keys), ``index`` (like
+            generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine.
+        tail_tokens: Question and generated tokens that are attended whole, the last ones; older ones are retrieved
+            from a private index.
     """
 
     method: Method = "graph"
     top_k: int = 100
+    budget: Literal["auto", "fixed", "mass", "profile", "pyramid"] = "auto"
+    mass: float = 0.98
+    estimate: bool | None = None
     search_list: int = 0
-    question_attention: Literal["exact", "index"] = "index"
+    question_attention: Literal["exact", "index", "auto"] = "index"
+    tail_tokens: int = 1024
 
     def __post_init__(self) -> None:
         self._one_of("method", METHODS)
         self._at_least(1, "top_k")
         self._at_least(0, "search_list")
-        self._one_of("question_attention", ("exact", "index"))
+        self._at_least(1, "tail_tokens")
+        self._one_of("budget", ("auto", "fixed", "mass", "profile", "pyramid"))
+        self._one_of("question_attention", ("exact", "index", "auto"))
+        if isinstance(self.mass, bool) or not isinstance(self.mass, int | float) or not 0 < self.mass <= 1:
+            raise ConfigError("mass", self.mass, "must be in (0, 1]")
+        if self.estimate not in (None, True, False):
+            raise ConfigError("estimate", self.estimate, "must be true, false or none")
+
+    @property
+    def attends_all(self) -> bool:
+        """Whether there can be passes that attend every key of the context."""
+        questions = self.question_attention != "index" and self.method != "streaming"
+        return self.method in ("dense", "auto") or questions
 
     @property
     def effective_search_list(self) -> int:
@@ -206,7 +235,10 @@ class Resources(_Checked):
         prefill_actors, graph_actors, answer_actors: Pool sizes.
         gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
         cpus_per_actor: Logical CPUs of one actor; also its threads.
-        questions_per_batch: Questions of one document decoded together; as one ends, the next begins.
+        questions_per_batch: Questions of one document decoded together; as one ends, the next begins. Up to four times
+            as many where the document is larger than `memory_bytes`.
+        memory_bytes: Of opened indexes that one answer actor holds in memory. 0: half of what the machine has left,
+            in equal parts among the actors on it.
     """
 
     prefill_actors: int = 0
@@ -215,9 +247,12 @@ class Resources(_Checked):
     gpus_per_actor: float | None = None
     cpus_per_actor: int = 1
     questions_per_batch: int = 16
+    memory_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._at_least(0, "prefill_actors", "graph_actors", "answer_actors")
+        if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
+            raise ConfigError("memory_bytes", self.memory_bytes, "must be a whole number of bytes, or 0")
         self._at_least(1, "cpus_per_actor", "questions_per_batch")
         if self.gpus_per_actor is not None:
             self._at_least(0, "gpus_per_actor")

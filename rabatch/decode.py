@@ -9,7 +9,8 @@ from typing import Any
 from rabatch.attention.evidence import spans
 from rabatch.config import GenerationSettings, Recipe
 from rabatch.contexts import OpenContext
-from rabatch.errors import QuestionError, RabatchError
+from rabatch.costs import chosen
+from rabatch.errors import QuestionError, RabatchError, StoreError
 from rabatch.executor import Answered, Executor
 from rabatch.generation import Course, Generation
 
@@ -41,11 +42,13 @@ def answer_each(
     """Answer questions over one context; each as soon as its answer has ended.
 
     A question that cannot be answered becomes a row with status "failed" and a reason. If a pass fails, the questions
-    that have no answer yet are asked again in halves, so that the one at fault ends alone.
+    that have no answer yet are asked again in halves, so that the one at fault ends alone; if the index can no longer
+    be read, all of them fail.
 
     Args:
         questions: Rows with question_id, question and, optionally, expected.
-        slots: Questions under way at the same time; as one ends, the next begins. 0: all of them.
+        slots: Questions under way at the same time; as one ends, the next begins. More where the context is read anew
+            for every pass: `OpenContext.slots`. 0: all of them.
 
     Yields:
         (number of the question, row with the fields of `records.ANSWERS`).
@@ -58,14 +61,22 @@ def answer_each(
         except RabatchError as error:
             yield number, _failed(context, question, recipe, str(error))
     groups = [list(ready)] if ready else []
+    most = context.slots(slots) or len(ready)
+    if ready:
+        recipe = chosen(context, recipe, questions=min(most, len(ready)))
     while groups:
         group = groups.pop(0)
-        executor = Executor(context, recipe, made, slots=min(slots or len(group), len(group)))
+        executor = Executor(context, recipe, made, slots=min(most, len(group)))
         courses = [made.begin(ready[number], questions[number].get("question_id")) for number in group]
         answers, number_of = executor.run(courses), tuple(group)
         while group:
             try:
                 answered = next(answers)
+            except StoreError as error:
+                _log.warning("the index of %r cannot be read any more: %s", context.manifest.document_id, error)
+                for number in [*group, *(number for others in groups for number in others)]:
+                    yield number, _failed(context, questions[number], recipe, str(error))
+                return
             except Exception as error:  # noqa: BLE001 - one question must not fail the others, whatever it does
                 if len(group) > 1:
                     _log.warning("a pass over %d questions failed (%s); asking in halves", len(group), error)
@@ -88,10 +99,11 @@ def _answered(context: OpenContext, question: Row, recipe: Recipe, made: Generat
         "status": "ok",
         "answer": text,
         "finish_reason": course.done,
-        "evidence": spans(answered.mass, context.tokens.char_start, context.tokens.char_end),
+        "evidence": spans(answered.seen.mass, context.tokens.char_start, context.tokens.char_end),
         "question_tokens": course.question_tokens,
         "answer_tokens": n_tokens,
-        "attended_share": answered.attended_share,
+        "attended_share": answered.seen.attended_share,
+        "mass_share": answered.seen.mass_share,
         "seconds": answered.seconds,
     }
 
@@ -126,6 +138,7 @@ def _row(context: OpenContext, question: Row, recipe: Recipe) -> Row:
         "question_tokens": None,
         "answer_tokens": None,
         "attended_share": None,
+        "mass_share": None,
         "seconds": None,
         "recipe": recipe.method,
         "model": context.loaded.config.name,

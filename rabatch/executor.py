@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rabatch.attention.context import QuestionAttention
+from rabatch.attention.context import QuestionAttention, Seen
 from rabatch.attention.seam import attending
 from rabatch.attention.tails import PassingCache
 from rabatch.config import Recipe
@@ -25,15 +24,13 @@ class Answered:
 
     Attributes:
         number: Its place among the questions given.
-        mass: [context_tokens]: where the attention of its answering tokens went, summed over heads and tokens.
-        attended_share: Context keys attended / context keys.
+        seen: What its attention saw.
         seconds: Of each pass, its share among the questions in it.
     """
 
     number: int
     course: Course
-    mass: np.ndarray
-    attended_share: float
+    seen: Seen
     seconds: float
 
 
@@ -55,8 +52,13 @@ class Executor:
         self.context = context
         self.generation = generation
         self.slots = slots
+        self._least_free = context.least_free_slots(slots)
         self.attention = QuestionAttention(
-            context.layers, context_tokens=len(context.token_ids), slots=slots, recipe=recipe
+            context.layers,
+            context_tokens=len(context.token_ids),
+            slots=slots,
+            recipe=recipe,
+            device=context.loaded.config.device,
         )
         self._cache = PassingCache(len(context.layers), len(context.token_ids))
 
@@ -68,7 +70,7 @@ class Executor:
         while waiting or active:
             began = time.perf_counter()
             first = 0
-            if waiting and len(active) < self.slots:
+            if waiting and self.slots - len(active) >= min(self._least_free, len(waiting)):
                 first = len(active)
                 while waiting and len(active) < self.slots:
                     self.attention.clear(len(active))
@@ -89,13 +91,13 @@ class Executor:
             slot = active[place]
             if slot.course.done is None:
                 continue
-            mass, share = self.attention.seen(place)
+            seen = self.attention.seen(place)
             last = len(active) - 1
             if place != last:
                 self.attention.move(last, place)
                 active[place] = active[last]
             active.pop()
-            yield Answered(slot.number, slot.course, mass, share, slot.seconds)
+            yield Answered(slot.number, slot.course, seen, slot.seconds)
 
     @torch.inference_mode()
     def forward(self, first: int, tokens: Sequence[Sequence[int]], *, question: bool) -> Tensor:

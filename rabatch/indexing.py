@@ -1,4 +1,4 @@
-"""From a prefilled unit to stored parts: graph construction, which needs no model, and the manifest."""
+"""From a prefilled unit to stored parts: graphs, zones and profiles, which need no model, and the manifest."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rabatch.config import BuildConfig
 from rabatch.errors import KeysError
 from rabatch.index.base import QuerySample
+from rabatch.index.compiled import run_tasks
 from rabatch.index.graph import build_layer
+from rabatch.index.profile import GRID, mass_profile
+from rabatch.index.zones import partition
 from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
-from rabatch.units import Unit, index_range, read_geometry, unit_array, unit_tensor
+from rabatch.units import Unit, context_sample, index_range, read_geometry, unit_array, unit_tensor
+
+PROFILE_POSITIONS = 32
+"""Query positions that a profile is the mean of, for each query head: the last ones whose vectors are kept."""
 
 
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
-    """Keys, values and, for a full-attention layer of a graph index, one graph per KV head.
+    """Keys, values and, for a full-attention layer of a graph index, per KV head a graph, zones and a profile.
+
+    There are no zones if `zone_tokens` is 0, and no profile if the unit holds no query vectors.
 
     Raises:
         KeysError: Keys, values or sampled queries are not finite: the prefill overflowed.
@@ -34,7 +43,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             fix = "must be finite; the prefill overflowed, choose another dtype for the model"
             raise KeysError(f"{name} of layer {unit['layer']}", "not finite", fix)
     n_tokens, rows = unit["context_tokens"], keys.shape[1]
-    neighbors = entries = None
+    neighbors = entries = zones = profile = None
     start, stop = index_range(n_tokens, build)
     sliding = geometry.sliding_windows[unit["layer"]]
     if build.index == "graph" and not sliding:
@@ -45,6 +54,9 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         if stop > start:
             # Graphs may have fewer entry points than asked for; a repeated one changes no search.
             entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
+        if build.zone_tokens:
+            zones = partition(indexed, zone_tokens=build.zone_tokens, threads=threads)
+        profile = _profile(unit, build, keys, (start, stop), threads=threads)
     return LayerBlock(
         layer=unit["layer"],
         head_start=unit["head_start"],
@@ -53,6 +65,8 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         values=values,
         neighbors=neighbors,
         entries=entries,
+        zones=zones,
+        profile=profile,
         index_start=0 if sliding else start,
     )
 
@@ -68,6 +82,35 @@ def _samples(unit: Unit, build: BuildConfig, heads: int, head_dim: int) -> list[
     return samples
 
 
+def _profile(
+    unit: Unit, build: BuildConfig, keys: torch.Tensor, indexed: tuple[int, int], *, threads: int
+) -> NDArray[np.float32] | None:
+    """The profile of each KV head, [heads, 1 + len(GRID)], from the latest queries whose vectors travel; or None."""
+    geometry = read_geometry(unit["geometry"])
+    group = geometry.n_query_heads // geometry.n_kv_heads
+    sample = context_sample(unit["context_tokens"], build)
+    positions = sample.positions[sample.has_vector(group)].numpy()
+    if not len(positions):
+        return None
+    queries = unit_array(unit["queries"], np.float32).reshape(len(keys), group, len(positions), geometry.head_dim)
+    latest = queries[:, :, -PROFILE_POSITIONS:].reshape(len(keys), -1, geometry.head_dim)
+    profile = np.empty((len(keys), 1 + len(GRID)), np.float32)
+
+    def measure(head: int) -> None:
+        profile[head] = mass_profile(
+            keys[head].float().numpy(),
+            latest[head],
+            np.tile(positions[-PROFILE_POSITIONS:], group),
+            index_range=indexed,
+            window_tokens=build.window_tokens,
+            scaling=unit["scaling"],
+            softcap=unit["softcap"] or None,
+        )
+
+    run_tasks(measure, [(head,) for head in range(len(keys))], threads=threads)
+    return profile
+
+
 def store_unit(
     store: IndexStore,
     unit: Unit,
@@ -78,7 +121,7 @@ def store_unit(
     attempt: str,
     threads: int = 1,
 ) -> tuple[Part, float]:
-    """Write one unit as a part; returns the part and the seconds that graph construction took."""
+    """Write one unit as a part; returns the part and the seconds that graphs, zones and profiles took."""
     where = {"document_id": document_id, "fingerprint": fingerprint, "attempt": attempt}
     if unit["unit_kind"] == "tokens":
         token_ids = unit_array(unit["token_id"], np.int32)

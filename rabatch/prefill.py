@@ -22,7 +22,7 @@ from rabatch.fingerprint import stored_dtype
 from rabatch.loading import LoadedModel
 from rabatch.prompts import EncodedContext
 from rabatch.storage.manifest import Geometry
-from rabatch.units import Unit, index_range
+from rabatch.units import Unit, context_sample
 
 MAX_UNIT_BYTES = 96 << 20
 """Aim for the size of one row between actors; Ray Data wants rows below 128 MiB."""
@@ -58,7 +58,7 @@ def run(
     """
     device = torch.device(loaded.config.device)
     outbox = Outbox(device)
-    capture = PrefillCapture([_sample(len(context), build) for context in contexts], outbox)
+    capture = PrefillCapture([context_sample(len(context), build) for context in contexts], outbox)
     lengths = [len(context) for context in contexts]
     stored = getattr(torch, stored_dtype(loaded.config, build))
     cache = ContextCache(loaded.geometry.n_layers, sum(lengths), outbox, stored)
@@ -77,17 +77,6 @@ def run(
             )
     cache.leave_device()
     return cache, capture
-
-
-def _sample(n_tokens: int, build: BuildConfig) -> ContextSample:
-    return ContextSample(
-        context_tokens=n_tokens,
-        index_range=index_range(n_tokens, build) if build.index == "graph" else (0, 0),
-        window_tokens=build.window_tokens,
-        query_share=build.query_share,
-        top_k=build.query_top_k,
-        sample_vectors=build.sample_vectors,
-    )
 
 
 def prefill_units(
@@ -110,8 +99,7 @@ def prefill_units(
     start = 0
     for number, context in enumerate(contexts):
         tokens = (start, start + len(context))
-        sample = capture.contexts[number]
-        for unit in _units_of(loaded, context, build, cache, tokens, sample, capture.windows):
+        for unit in _units_of(loaded, context, build, cache, tokens, capture.contexts[number], capture):
             yield number, {**unit, "prefill_s": per_token * len(context)}
         start += len(context)
 
@@ -123,8 +111,9 @@ def _units_of(
     cache: ContextCache,
     tokens: tuple[int, int],
     sample: ContextSample,
-    windows: dict[int, int],
+    capture: PrefillCapture,
 ) -> Iterator[Unit]:
+    windows = capture.windows
     geometry = _geometry(loaded, windows, build)
     ranges = [
         (layer, heads)
@@ -149,6 +138,8 @@ def _units_of(
         "values": b"",
         "lists": b"",
         "queries": b"",
+        "scaling": 0.0,
+        "softcap": 0.0,
     }
     for layer, (head_start, head_stop) in ranges:
         keys, values = cache.states(layer, *_rows(tokens, windows[layer]))
@@ -166,6 +157,8 @@ def _units_of(
             "values": _to_bytes(values[head_start:head_stop]),
             "lists": lists.numpy().tobytes(),
             "queries": queries.float().numpy().tobytes(),
+            "scaling": capture.logits[layer][0],
+            "softcap": capture.logits[layer][1],
         }
 
 

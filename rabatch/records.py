@@ -54,6 +54,7 @@ ANSWERS = pa.schema(
         pa.field(
             "attended_share", pa.float64()
         ),  # context keys attended / context keys, mean over queries, heads, layers
+        pa.field("mass_share", pa.float64()),  # softmax mass held by attended keys, mean likewise; null: not estimated
         pa.field("seconds", pa.float64()),  # the question's share of its batch
         pa.field("recipe", pa.string()),
         pa.field("model", pa.string()),

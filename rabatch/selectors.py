@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError
@@ -15,33 +16,34 @@ from rabatch.index.graph import GraphIndex
 from rabatch.storage.parts import LayerBlock
 
 
-def _nothing(recipe: Recipe, block: LayerBlock, keys: np.ndarray, threads: int) -> None:
-    return None
-
-
-def _flat(recipe: Recipe, block: LayerBlock, keys: np.ndarray, threads: int) -> KeyIndex:
+def _flat(recipe: Recipe, block: LayerBlock, heads: NDArray[np.int64], keys: np.ndarray, threads: int) -> KeyIndex:
     return FlatIndex(keys)
 
 
-def _graph(recipe: Recipe, block: LayerBlock, keys: np.ndarray, threads: int) -> KeyIndex:
+def _graph(recipe: Recipe, block: LayerBlock, heads: NDArray[np.int64], keys: np.ndarray, threads: int) -> KeyIndex:
     if block.neighbors is None or block.entries is None:
         raise FingerprintError("recipe", recipe.method, f"layer {block.layer} holds no graph; build with --index graph")
-    return GraphIndex(
-        encode(keys), block.neighbors, block.entries, search_list=recipe.effective_search_list, threads=threads
-    )
+    links = (array if len(heads) == len(array) else array[heads] for array in (block.neighbors, block.entries))
+    return GraphIndex(encode(keys), *links, search_list=recipe.effective_search_list, threads=threads)
 
 
-_OPEN: dict[str, Callable[[Recipe, LayerBlock, np.ndarray, int], KeyIndex | None]] = {
-    "dense": _nothing,
-    "streaming": _nothing,
+RETRIEVING: dict[str, Callable[[Recipe, LayerBlock, NDArray[np.int64], np.ndarray, int], KeyIndex]] = {
     "flat": _flat,
     "graph": _graph,
+    "auto": _graph,
 }
+"""The methods that retrieve keys from an index."""
 
 
-def open_index(recipe: Recipe, block: LayerBlock, start: int, stop: int, *, threads: int = 1) -> KeyIndex | None:
-    """The key index over rows [start, stop) of a layer, or None if there is nothing to retrieve."""
-    if stop <= start or _OPEN[recipe.method] is _nothing:
+def open_index(
+    recipe: Recipe, block: LayerBlock, heads: NDArray[np.int64], start: int, stop: int, *, threads: int = 1
+) -> KeyIndex | None:
+    """The key index of some KV heads over rows [start, stop) of a layer, or None if there is nothing to retrieve.
+
+    Args:
+        heads: Numbers of the KV heads within the block, ascending.
+    """
+    if stop <= start or not len(heads) or recipe.method not in RETRIEVING:
         return None
-    keys = np.ascontiguousarray(block.keys[:, start:stop].float().numpy())
-    return _OPEN[recipe.method](recipe, block, keys, threads)
+    keys = block.keys[:, start:stop] if len(heads) == block.n_heads else block.keys[heads, start:stop]
+    return RETRIEVING[recipe.method](recipe, block, heads, np.ascontiguousarray(keys.float().numpy()), threads)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rabatch.attention.sampling import ContextSample
 from rabatch.config import BuildConfig
 from rabatch.storage.manifest import Geometry
 
@@ -19,13 +20,26 @@ Unit = dict[str, Any]
 """An Arrow-able row. `unit_kind` "tokens": token_id, char_start, char_end. "layer": keys, values (bytes of
 [heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k]), queries (bytes of float32
 [heads, n_vectors, head_dim], the vectors behind the first `n_vectors` lists: float32 holds every compute dtype exactly,
-so a reader need not know it, and beside keys and values they are few)."""
+so a reader need not know it, and beside keys and values they are few), scaling (factor on q . k) and softcap (bound of
+the logits; 0: none)."""
 
 
 def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:
     """Rows of the key index: everything but the static set."""
     start = min(build.sink_tokens, context_tokens)
     return start, max(start, context_tokens - build.window_tokens)
+
+
+def context_sample(context_tokens: int, build: BuildConfig) -> ContextSample:
+    """Which queries of a context a build samples; of an index without graphs, none."""
+    return ContextSample(
+        context_tokens=context_tokens,
+        index_range=index_range(context_tokens, build) if build.index == "graph" else (0, 0),
+        window_tokens=build.window_tokens,
+        query_share=build.query_share,
+        top_k=build.query_top_k,
+        sample_vectors=build.sample_vectors,
+    )
 
 
 def unit_tensor(data: bytes, kv_dtype: str, heads: int, head_dim: int) -> Tensor:

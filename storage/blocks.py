@@ -1,4 +1,4 @@
-"""What a part holds, in memory: one layer's keys, values and graph for a range of KV heads, and the tokens."""
+"""What a part holds, in memory: one layer's keys, values and index for a range of KV heads, and the tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from rabatch.errors import StoreError
 
 MAX_PART_BYTES = 1 << 30
+PROFILE_NUMBERS = 11
+"""Of one head: the static set alone, and with each number of keys in `rabatch.index.profile.GRID`."""
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerBlock:
-    """Keys, values and graph of consecutive KV heads of one layer, in memory.
+    """Keys, values and index of consecutive KV heads of one layer, in memory.
 
     Args:
         head_start: Number of the first head in the block.
@@ -27,6 +29,9 @@ class LayerBlock:
         neighbors: [n_heads, index_rows, degree] int32 ids in [0, index_rows), -1 for none; id `i` is row
             `index_start + i`. None: the layer has no graph.
         entries: [n_heads, E] int32 ids where a search starts. None without a graph.
+        zones: [n_heads, index_rows] int32, the zone of each indexed key, from 0. None: the layer has no zones.
+        profile: [n_heads, PROFILE_NUMBERS] float32, shares of the softmax mass of late queries, ascending, that are
+            held by the static set, and by it and the best 8, 16, ... other keys. None: not known.
         index_start: First row of the key index, in rows.
     """
 
@@ -37,6 +42,8 @@ class LayerBlock:
     values: torch.Tensor
     neighbors: NDArray[np.int32] | None = None
     entries: NDArray[np.int32] | None = None
+    zones: NDArray[np.int32] | None = None
+    profile: NDArray[np.float32] | None = None
     index_start: int = 0
 
     @property
@@ -66,30 +73,32 @@ class LayerBlock:
             values=self.values[part],
             neighbors=None if self.neighbors is None else self.neighbors[part],
             entries=None if self.entries is None else self.entries[part],
+            zones=None if self.zones is None else self.zones[part],
+            profile=None if self.profile is None else self.profile[part],
             index_start=self.index_start,
         )
 
     def split(self, max_bytes: int = MAX_PART_BYTES) -> Iterator[LayerBlock]:
         """Blocks of as many heads as fit `max_bytes`, at least one head each."""
         degree = 0 if self.neighbors is None else int(self.neighbors.shape[2])
-        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * degree + 4)
+        ids = degree + (self.zones is not None) + 1  # of neighbors, zone, position
+        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * ids)
         step = max(1, max_bytes // max(1, head_bytes))
         for start in range(self.head_start, self.head_stop, step):
             yield self.select(range(start, min(start + step, self.head_stop)))
 
     def equals(self, other: LayerBlock) -> bool:
         """Whether every number is the same, bit for bit."""
-        mine, theirs = (
-            (b.layer, b.head_start, b.index_start, b.keys.dtype, b.neighbors is None, b.entries is None)
-            for b in (self, other)
+        mine, theirs = ((b.layer, b.head_start, b.index_start, b.keys.dtype) for b in (self, other))
+        optional = (
+            (getattr(self, name), getattr(other, name)) for name in ("neighbors", "entries", "zones", "profile")
         )
         return (
             mine == theirs
             and np.array_equal(self.positions, other.positions)
             and np.array_equal(bits(self.keys), bits(other.keys))
             and np.array_equal(bits(self.values), bits(other.values))
-            and (self.neighbors is None or np.array_equal(self.neighbors, _some(other.neighbors)))
-            and (self.entries is None or np.array_equal(self.entries, _some(other.entries)))
+            and all((a is None) == (b is None) and (a is None or np.array_equal(a, b)) for a, b in optional)
         )
 
 
@@ -111,7 +120,8 @@ class TokensBlock:
 
 
 def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
-    """Raise `error` unless shapes and dtypes fit together and every neighbor and entry is a row of the index."""
+    """Raise `error` unless shapes and dtypes fit together, every neighbor and entry is a row of the index, every zone
+    has a number it can have, and profiles are shares that grow."""
 
     def rule(holds: bool, where: str, value: object, fix: str) -> None:
         if not holds:
@@ -130,7 +140,11 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         block.index_start,
         f"the index's {block.index_rows} rows must lie within {shape[1]} rows",
     )
-    for where, ids, low in (("neighbors", block.neighbors, -1), ("entries", block.entries, 0)):
+    for where, ids, low in (
+        ("neighbors", block.neighbors, -1),
+        ("entries", block.entries, 0),
+        ("zones", block.zones, 0),
+    ):
         if ids is None:
             continue
         ndim = 3 if where == "neighbors" else 2
@@ -139,13 +153,17 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         if ids.size:
             span = (int(ids.min()), int(ids.max()))
             rule(low <= span[0] and span[1] < block.index_rows, where, span, f"must be in [{low}, {block.index_rows})")
+    if block.zones is not None:
+        graph, wanted = block.neighbors is not None, (shape[0], block.index_rows)
+        rule(graph and block.zones.shape == wanted, "zones", block.zones.shape, f"must be {list(wanted)}, with a graph")
+    if block.profile is not None:
+        shares, wanted = block.profile, (shape[0], PROFILE_NUMBERS)
+        known = block.neighbors is not None and shares.shape == wanted and shares.dtype == np.float32
+        rule(known, "profile", (shares.shape, str(shares.dtype)), f"must be float32 {list(wanted)}, with a graph")
+        sound = bool((shares >= 0).all() and (shares <= 1).all() and (np.diff(shares) >= 0).all())
+        rule(sound, "profile", shares.tolist(), "must be shares in [0, 1] that do not fall")
 
 
 def bits(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The tensor's memory on the CPU, as bytes along the last dimension."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()  # type: ignore[no-any-return]
-
-
-def _some(array: NDArray[np.int32] | None) -> NDArray[np.int32]:
-    assert array is not None
-    return array

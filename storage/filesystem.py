@@ -128,6 +128,16 @@ class Folder:
             return self._run(path, lambda: os.stat(full).st_size)
         return int(self._run(path, lambda: self._fs.info(full, **self._fresh())["size"]))
 
+    def stamp(self, path: str) -> tuple[int, ...] | None:
+        """What becomes another if a file is replaced or written to; None where that takes as long as to read it.
+
+        On a local disk device, inode, size and times; the time of the last change cannot be set back by its owner.
+        """
+        if not self._local:
+            return None
+        found = self._run(path, lambda: os.stat(self._full(path)))
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
     def delete(self, path: str) -> None:
         """Remove a file; none there is well."""
         full = self._full(path)

@@ -36,13 +36,18 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
 
 
 def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
-    """One block of several whose heads follow each other. Raises IntegrityError if they differ in their graph."""
+    """One block of several whose heads follow each other. Raises IntegrityError if they differ in their index."""
     first = blocks[0]
     graphs = [(b.neighbors, b.entries, b.index_start) for b in blocks]
     has_graph = [neighbors is not None for neighbors, _, _ in graphs]
     shapes = {None if entries is None else entries.shape[1] for _, entries, _ in graphs}
     if len(set(has_graph)) != 1 or len(shapes) != 1 or len({start for *_, start in graphs}) != 1:
         raise IntegrityError(f"{manifest.path}: layer {first.layer}", graphs, "its parts differ in their graph")
+    zones, profiles = [b.zones for b in blocks], [b.profile for b in blocks]
+    for name, arrays in (("zones", zones), ("profile", profiles)):
+        if len({array is None for array in arrays}) != 1:
+            there = [array is not None for array in arrays]
+            raise IntegrityError(f"{manifest.path}: layer {first.layer}: {name}", there, "not in all of its parts")
     return LayerBlock(
         layer=first.layer,
         head_start=first.head_start,
@@ -51,5 +56,7 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         values=torch.cat([b.values for b in blocks]),
         neighbors=np.concatenate([n for n, _, _ in graphs if n is not None]) if has_graph[0] else None,
         entries=None if None in shapes else np.concatenate([e for _, e, _ in graphs if e is not None]),
+        zones=None if zones[0] is None else np.concatenate([z for z in zones if z is not None]),
+        profile=None if profiles[0] is None else np.concatenate([p for p in profiles if p is not None]),
         index_start=first.index_start,
     )

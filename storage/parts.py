@@ -1,6 +1,6 @@
-"""The Parquet files of an index: one layer's keys, values and graph for a range of KV heads, and the tokens.
+"""The Parquet files of an index: one layer's keys, values and index for a range of KV heads, and the tokens.
 
-A layer part has one row group per KV head and one row per token. Keys, values and neighbors are
+A layer part has one row group per KV head and one row per token. Keys, values, neighbors and zones are
 `fixed_size_binary`, so that a column of a row group is one block of memory in the layout the engine computes with.
 """
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.blocks import DTYPE_NAMES, TORCH_DTYPES, LayerBlock, TokensBlock, bits, check_layer
+from rabatch.storage.columns import binary, binary_ids, bytes_of, id_width, ids_of
 from rabatch.storage.manifest import FORMAT_VERSION
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "layer_schema",
 ]
 
-_NARROW_ROWS = 65534  # up to here neighbors are uint16; 0xFFFF means none
 # No compression. Random-like bf16 keys and values, one core: none, lz4 and snappy keep 100% of the bytes, zstd 81%
 # at a third of the writing and half of the reading speed. No dictionary and no statistics: neither helps on them.
 _WRITER = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -52,7 +52,9 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
     """
     check_layer(block, StoreError, "block")
     degree = 0 if block.neighbors is None else int(block.neighbors.shape[2])
-    width = 2 if block.index_rows <= _NARROW_ROWS else 4
+    width = id_width(block.index_rows)
+    n_zones = 0 if block.zones is None else int(block.zones.max(initial=-1)) + 1
+    zone_width = 0 if block.zones is None else id_width(n_zones)
     key_bytes = int(block.keys.shape[2]) * block.keys.element_size()
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -68,26 +70,30 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         "index_start": block.index_start,
         "index_rows": block.index_rows,
         "entries": None if block.entries is None else block.entries.tolist(),
+        "zone_width": zone_width,
+        "n_zones": n_zones,
+        # The shortest numbers that read back as the same float32.
+        "profile": None if block.profile is None else [[float(str(x)) for x in shares] for shares in block.profile],
         "fingerprint": fingerprint,
         "document_key": document_key,
     }
-    schema = layer_schema(key_bytes, degree * width if degree else 0).with_metadata(_to_text(metadata))
+    schema = layer_schema(key_bytes, degree * width, zone_width).with_metadata(_to_text(metadata))
     positions = pa.array(np.asarray(block.positions, np.int32))
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, **_WRITER) as writer:
         for head in range(block.n_heads):
-            columns = [positions, *(_binary(bits(kv[head]), key_bytes) for kv in (block.keys, block.values))]
+            columns = [positions, *(binary(bits(kv[head]), key_bytes) for kv in (block.keys, block.values))]
             if block.neighbors is not None and degree:
-                ids = np.full((block.rows, degree), -1, np.int32)
-                ids[block.index_start : block.index_start + block.index_rows] = block.neighbors[head]
-                # -1 becomes 0xFFFF when cut to 16 bits.
-                columns.append(_binary(ids.astype("<u2") if width == 2 else ids, degree * width))
+                columns.append(binary_ids(block.neighbors[head], rows=block.rows, start=block.index_start, width=width))
+            if block.zones is not None:
+                ids = block.zones[head][:, None]
+                columns.append(binary_ids(ids, rows=block.rows, start=block.index_start, width=zone_width))
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=max(1, block.rows))
     return sink.getvalue()
 
 
-def layer_schema(key_bytes: int, neighbor_bytes: int) -> pa.Schema:
-    """Columns of a layer part; `neighbors` only where there are any."""
+def layer_schema(key_bytes: int, neighbor_bytes: int, zone_width: int = 0) -> pa.Schema:
+    """Columns of a layer part; `neighbors` and `zone` only where there are any."""
     fields = [
         pa.field("position", pa.int32(), nullable=False),
         pa.field("key", pa.binary(key_bytes), nullable=False),
@@ -95,6 +101,8 @@ def layer_schema(key_bytes: int, neighbor_bytes: int) -> pa.Schema:
     ]
     if neighbor_bytes:
         fields.append(pa.field("neighbors", pa.binary(neighbor_bytes), nullable=False))
+    if zone_width:
+        fields.append(pa.field("zone", pa.binary(zone_width), nullable=False))
     return pa.schema(fields)
 
 
@@ -141,7 +149,8 @@ def _decode_layer(
     heads = stored if heads is None else heads
     if len(heads) == 0 or heads.step != 1 or heads.start < stored.start or heads.stop > stored.stop:
         raise _damaged(name, "head_start", stored, f"does not hold heads {heads}")
-    wanted = layer_schema(head_dim * dtype.itemsize, degree * width if graph else 0)
+    zone_width, n_zones = _zone_sizes(meta, name)
+    wanted = layer_schema(head_dim * dtype.itemsize, degree * width if graph else 0, zone_width)
     if not schema.equals(wanted):
         raise _damaged(name, "columns", schema.names, f"must be {', '.join(map(str, wanted))}")
     if file.metadata.num_row_groups != len(stored):
@@ -156,24 +165,27 @@ def _decode_layer(
     # numpy's memory is backed by huge pages, torch's is not: filling it is four times as fast.
     keys, values = (np.empty((len(heads), rows, head_dim * dtype.itemsize), np.uint8) for _ in range(2))
     neighbors = np.empty((len(heads), index_rows, degree), np.int32) if graph else None
+    zones = np.empty((len(heads), index_rows), np.int32) if zone_width else None
     positions: NDArray[np.int32] | None = None
     for i, head in enumerate(heads):
         group = file.read_row_group(head - stored.start)
         if group.num_rows != rows:
             raise _damaged(name, f"row group {head - stored.start}", group.num_rows, f"must have {rows} rows")
-        keys[i] = _bytes_of(group, "key", rows)
-        values[i] = _bytes_of(group, "value", rows)
+        keys[i] = bytes_of(group, "key", rows)
+        values[i] = bytes_of(group, "value", rows)
         head_positions = group.column("position").to_numpy()
         if positions is None:
             positions = head_positions.astype(np.int32)
         elif not np.array_equal(positions, head_positions):
             raise _damaged(name, f"row group {head - stored.start}", head, "has other positions than the first head")
         if neighbors is not None and degree:
-            ids = _bytes_of(group, "neighbors", rows).view("<u2" if width == 2 else "<i4")
-            ids = ids[start : start + index_rows]
-            neighbors[i] = ids
-            if width == 2:
-                neighbors[i][ids == 0xFFFF] = -1
+            neighbors[i] = ids_of(group, "neighbors", rows, width)[start : start + index_rows]
+        if zones is not None:
+            of_rows = ids_of(group, "zone", rows, zone_width)[:, 0]
+            zones[i] = of_rows[start : start + index_rows]
+            outside = np.delete(of_rows, slice(start, start + index_rows))
+            if (outside != -1).any() or not -1 <= zones[i].max(initial=-1) < max(n_zones, 1):
+                raise _damaged(name, "zone", head, f"must be below n_zones = {n_zones}, and none outside the index")
     assert positions is not None  # there is at least one head
     entries = None
     if meta.get("entries") is not None:
@@ -187,10 +199,33 @@ def _decode_layer(
         values=torch.from_numpy(values).view(dtype),
         neighbors=neighbors,
         entries=entries,
+        zones=zones,
+        profile=_profile_of(meta, stored, heads, name),
         index_start=start,
     )
     check_layer(block, IntegrityError, name)
     return block
+
+
+def _zone_sizes(meta: dict[str, Any], name: str) -> tuple[int, int]:
+    """`zone_width` and `n_zones`; 0 where the part has no zones, or is of a time before them."""
+    width, n_zones = meta.get("zone_width", 0), meta.get("n_zones", 0)
+    if type(width) is not int or width not in (0, 2, 4):
+        raise _damaged(name, "zone_width", width, "must be 0, 2 or 4")
+    if type(n_zones) is not int or not 0 <= n_zones <= (meta["index_rows"] if width else 0):
+        raise _damaged(name, "n_zones", n_zones, f"must be in [0, {meta['index_rows'] if width else 0}]")
+    return width, n_zones
+
+
+def _profile_of(meta: dict[str, Any], stored: range, heads: range, name: str) -> NDArray[np.float32] | None:
+    """The profiles of `heads`; their values are checked with the block."""
+    rows = meta.get("profile")
+    if rows is None:
+        return None
+    sound = isinstance(rows, list) and len(rows) == len(stored) and all(isinstance(row, list) for row in rows)
+    if not sound or any(type(x) not in (int, float) or not 0 <= x <= 1 for row in rows for x in row):
+        raise _damaged(name, "profile", rows, f"must be a list of shares in [0, 1] for each of {len(stored)} heads")
+    return np.asarray(rows, np.float32)[heads.start - stored.start : heads.stop - stored.start]
 
 
 def encode_tokens(tokens: TokensBlock, *, fingerprint: str, document_key: str) -> pa.Buffer:
@@ -220,21 +255,6 @@ def decode_tokens(data: Any, *, name: str, expect: Mapping[str, object] | None =
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise _damaged(name, "content", type(error).__name__, str(error).split("\n")[0]) from error
     return TokensBlock(positions=columns[0], token_ids=columns[1], char_start=columns[2], char_end=columns[3])
-
-
-def _binary(array: NDArray[Any], width: int) -> pa.Array:
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return pa.Array.from_buffers(pa.binary(width), flat.size // width, [None, pa.py_buffer(flat)])
-
-
-def _bytes_of(table: pa.Table, column: str, rows: int) -> NDArray[np.uint8]:
-    """A column's memory as [rows, width] bytes; no copy if it is one chunk, as Arrow returns a row group."""
-    chunked = table.column(column)
-    array = chunked.chunk(0) if chunked.num_chunks == 1 else pa.concat_arrays(chunked.chunks)
-    width = array.type.byte_width
-    if rows == 0 or array.null_count:
-        return np.empty((0, width), np.uint8)
-    return np.frombuffer(array.buffers()[1], np.uint8, rows * width, array.offset * width).reshape(rows, width)
 
 
 def _to_text(metadata: dict[str, object]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rabatch.index.compiled import compiled
+from rabatch.index.topk.lanes import LANES, above, lowest_bit
 
 
 @compiled
@@ -54,6 +56,29 @@ def push(scores, ids, found, score, key):  # type: ignore[no-untyped-def]
         _swap(scores, ids, at, (at - 1) // 2)
         at = (at - 1) // 2
     return found + 1
+
+
+@compiled
+def keep_best(lines, row, begin, limits, heap, found):  # type: ignore[no-untyped-def]
+    """Enter scores into a heap of the best; how many it then holds.
+
+    Args:
+        lines: Flat; the score of key `begin + j` is `lines[row + j]`, for j in range(*limits).
+        heap: Scores and ids, [k], of which the first `found` are filled.
+    """
+    scores, ids = heap
+    k = scores.shape[0]
+    bar = scores[0] if found == k else np.float32(-np.inf)
+    for panel in range(limits[0] // LANES * LANES, limits[1], LANES):
+        bits = above(lines, row + panel, bar)  # type: ignore[call-arg, var-annotated]
+        while bits:
+            t = panel + lowest_bit(bits)  # type: ignore[call-arg]
+            bits &= bits - 1
+            if limits[0] <= t < limits[1] and lines[row + t] > bar:
+                found = push(scores, ids, found, lines[row + t], begin + t)
+                if found == k:
+                    bar = scores[0]
+    return found
 
 
 @compiled

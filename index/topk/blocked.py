@@ -17,8 +17,8 @@ from torch import Tensor
 from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import spread
 from rabatch.index.topk.base import Attended, Request, Span
-from rabatch.index.topk.best import push, rank
-from rabatch.index.topk.lanes import LANES, TILE_ROWS, above, add_tile, exp_minus, greatest, lowest_bit, soften
+from rabatch.index.topk.best import keep_best, rank
+from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
 
 BLOCK_KEYS = 256  # their keys and values, as float32, fit the second-level cache; 128 and 512 measured no faster
 _TASK_ROWS = 480  # rows over which a block's unpacking is shared; 192 to 768 are within the noise of each other
@@ -122,7 +122,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
                 if slot >= 0 and low[map_, slot] < begin + to and high[map_, slot] > begin:
                     limits = max(low[map_, slot] - begin, from_), min(high[map_, slot] - begin, to)
                     heap = scores[query_head, slot], ids[query_head, slot]
-                    found[i] = _keep_best(lines, row, begin, limits, heap, found[i])
+                    found[i] = keep_best(lines, row, begin, limits, heap, found[i])
                 if softcap > 0:
                     soften(lines, row, panels, softcap, line)
                 highest = greatest(lines, row, panels)  # type: ignore[call-arg, var-annotated]
@@ -145,21 +145,3 @@ def _attend_rows(  # type: ignore[no-untyped-def]
         slot = slots[min(query_head, maps - 1), row]
         if slot >= 0:
             rank(scores[query_head, slot], ids[query_head, slot], found[i])
-
-
-@compiled
-def _keep_best(lines, row, begin, limits, heap, found):  # type: ignore[no-untyped-def]
-    """Enter a row's scores from `limits` into its heap of the best; how many it then holds."""
-    scores, ids = heap
-    k = scores.shape[0]
-    bar = scores[0] if found == k else np.float32(-np.inf)
-    for panel in range(limits[0] // LANES * LANES, limits[1], LANES):
-        bits = above(lines, row + panel, bar)  # type: ignore[call-arg, var-annotated]
-        while bits:
-            t = panel + lowest_bit(bits)  # type: ignore[call-arg]
-            bits &= bits - 1
-            if limits[0] <= t < limits[1] and lines[row + t] > bar:
-                found = push(scores, ids, found, lines[row + t], begin + t)
-                if found == k:
-                    bar = scores[0]
-    return found

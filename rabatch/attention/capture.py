@@ -23,16 +23,19 @@ class PrefillCapture:
     Attributes:
         chunk_start: Where the chunk of the next call starts in the row of all contexts' tokens.
         windows: Native sliding window by layer, 0 for full attention; known after the first chunk.
+        logits: By layer, as `windows`: the factor on q . k, and the bound of the result, 0 for none.
     """
 
     def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox) -> None:
         self.contexts = list(contexts)
         self.chunk_start = 0
         self.windows: dict[int, int] = {}
+        self.logits: dict[int, tuple[float, float]] = {}
         self._outbox = outbox
 
     def attend(self, call: AttentionCall) -> Tensor:
         self.windows[call.layer] = call.sliding_window
+        self.logits[call.layer] = float(call.scaling), float(call.softcap or 0)
         stretches = self._stretches(call.query.shape[2])
         sampling = not call.sliding_window
         found = attention_topk(

@@ -78,32 +78,6 @@ def dense_partial(
     return Partial(torch.cat([p.out for p in parts], dim=-2), torch.cat([p.lse for p in parts], dim=-1))
 
 
-def gathered_partial(scores: Tensor, ids: Tensor, values: Tensor, *, scaling: float, softcap: float | None) -> Partial:
-    """Attend a different set of keys per row, of which the products q·k are known already.
-
-    Args:
-        scores: Raw products [n_kv, n_rows, k].
-        ids: Rows of `values`, int64 [n_kv, n_rows, k]; -1 where there is no key.
-        values: [n_kv, n_keys, head_dim].
-    """
-    n_kv, n_rows, k = ids.shape
-    head_dim = values.shape[-1]
-    masked = logits(scores, scaling, softcap).masked_fill(ids < 0, -torch.inf)
-    lse = torch.logsumexp(masked, dim=-1) if k else torch.full((n_kv, n_rows), -torch.inf, device=values.device)
-    weights = torch.exp(masked - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
-    out = torch.zeros((n_kv, n_rows, head_dim), device=values.device)
-    if values.shape[1] == 0 or k == 0:
-        return Partial(out, lse)
-    safe = ids.clamp_min(0)
-    block_rows = max(1, MAX_BLOCK_SCORES // (k * head_dim))
-    for head in range(n_kv):
-        for start in range(0, n_rows, block_rows):
-            rows = slice(start, start + block_rows)
-            picked = values[head].index_select(0, safe[head, rows].reshape(-1)).float().view(-1, k, head_dim)
-            out[head, rows] = torch.einsum("rk,rkd->rd", weights[head, rows], picked)
-    return Partial(out, lse)
-
-
 def merge(parts: Sequence[Partial]) -> Partial:
     """The attention over the union of disjoint key sets. A row that sees no key at all gets zeros."""
     lse = torch.logsumexp(torch.stack([p.lse for p in parts]), dim=0)

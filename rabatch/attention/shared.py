@@ -2,41 +2,145 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from rabatch.attention.merge import Partial
-from rabatch.index.topk import Sample, attention_topk
+from rabatch.attention.sets import stored_bits
+from rabatch.index.compiled import compiled, read_only, run_tasks
+from rabatch.index.machine import widen
+from rabatch.index.topk.best import keep_best, rank
+from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
+
+BLOCK_KEYS = 256  # widened to float32 at once, for all rows: keys and values fit the second-level cache
+SPLIT_KEYS = 8192  # keys of a task; results depend on it, so it does not depend on rows or threads
+
+
+@dataclass(frozen=True, eq=False)
+class SharedKeys:
+    """Keys and values of one layer, on the CPU, as the kernel reads them.
+
+    Attributes:
+        panels: [n_kv, padded * head_dim], float32 or bits of 16-bit floats: keys, 16 beside each other, number by
+            number; zeros past the last.
+        values: [n_kv, n_keys * head_dim], likewise.
+        half: Whether bits are IEEE float16; else they are bfloat16.
+    """
+
+    panels: np.ndarray
+    values: np.ndarray
+    half: bool
+    n_keys: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> SharedKeys:
+        """From keys and values [n_kv, n_keys, head_dim]; the keys are copied."""
+        n_kv, n_keys, dim = keys.shape
+        padded = torch.nn.functional.pad(keys, (0, 0, 0, -n_keys % LANES))
+        panels = padded.view(n_kv, -1, LANES, dim).transpose(2, 3).reshape(n_kv, -1)
+        flat = values.reshape(n_kv, -1)
+        half = keys.dtype == torch.float16
+        return cls(read_only(stored_bits(panels)), read_only(stored_bits(flat)), half, n_keys)
 
 
 def attend_all(
-    rows: Tensor, keys: Tensor, values: Tensor, *, top_k: int, scaling: float, softcap: float | None
+    rows: Tensor, shared: SharedKeys, *, top_k: int, scaling: float, softcap: float | None, threads: int = 0
 ) -> tuple[Partial, Tensor, Tensor]:
-    """Attend every key of a set, and the keys that each row scores highest.
+    """Attend every key of a set, and name the keys that each row scores highest. Ties go to the lower id.
 
-    Rows of a KV head stand beside each other as if they were its query heads, at the position of the last key: the
-    kernel that prefills then takes each block of keys through all of them, in the stored dtype.
+    A task takes all rows of a KV head over a stretch of the keys; each block of them is widened once and stays in the
+    cache while scores, exp and sums of values are made, six rows at a time (FlashAttention's online softmax over
+    split keys). The stretches are merged by log-sum-exp. No row's result depends on the others or on `threads`.
 
     Args:
         rows: [n_kv, n_rows, head_dim].
-        keys, values: [n_kv, n_keys, head_dim].
         top_k: Keys named per row, at most.
+        threads: 0: as many as torch uses.
 
     Returns:
         The partial result, [n_kv, n_rows, ...]; ids int64 [n_kv, n_rows, top_k], -1 where there are no more; and their
         raw products q . k.
     """
-    n_kv, n_rows, dim = rows.shape
-    n_keys = keys.shape[1]
-    first = torch.zeros(1, dtype=torch.int64)
-    found = attention_topk(
-        rows.reshape(n_kv * n_rows, 1, dim).float(),
-        keys,
-        values,
-        scaling=scaling,
-        softcap=softcap,
-        sample=Sample(first, first, first + n_keys, min(top_k, n_keys)),
-    )
-    out = found.out.reshape(n_kv, n_rows, -1)
-    ids, scores = (t.reshape(n_kv, n_rows, -1) for t in (found.ids.long(), found.scores))
-    return Partial(out, found.lse.reshape(n_kv, n_rows)), ids, scores / scaling
+    n_kv, n_rows, _ = rows.shape
+    n_keys, k = shared.n_keys, min(top_k, shared.n_keys)
+    value_dim = shared.values.shape[1] // max(n_keys, 1)
+    splits = range(0, n_keys, SPLIT_KEYS)
+    queries = read_only((rows.float() * scaling).numpy())
+    best = np.full((len(splits), n_kv, n_rows), -np.inf, np.float32)
+    total = np.zeros((len(splits), n_kv, n_rows), np.float32)
+    out = np.zeros((len(splits), n_kv, n_rows, value_dim), np.float32)
+    scores = np.full((len(splits), n_kv, n_rows, k), -np.inf, np.float32)
+    ids = np.full((len(splits), n_kv, n_rows, k), -1, np.int32)
+    cap = np.float32(softcap or 0)
+
+    def attend(split: int, head: int) -> None:
+        results = (array[split, head] for array in (best, total, out, scores, ids))
+        stretch = splits[split], min(splits[split] + SPLIT_KEYS, n_keys)
+        _attend_stretch(queries[head], shared.panels, shared.values, shared.half, head, *stretch, cap, *results)
+
+    tasks = [(split, head) for split in range(len(splits)) for head in range(n_kv)]
+    run_tasks(attend, tasks, threads=threads or torch.get_num_threads())
+    highest = best.max(axis=0)
+    factors = np.exp(best - highest)
+    sums = (factors * total).sum(axis=0)
+    merged = (out * factors[..., None]).sum(axis=0) / sums[..., None]
+    named = [torch.from_numpy(np.moveaxis(array, 0, 2).reshape(n_kv, n_rows, -1)) for array in (scores, ids)]
+    if len(splits) > 1:
+        top = named[0].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        named = [array.gather(-1, top) for array in named]
+    partial = Partial(torch.from_numpy(merged), torch.from_numpy(highest + np.log(sums)))
+    return partial, named[1].long(), named[0] / scaling
+
+
+@compiled
+def _attend_stretch(  # type: ignore[no-untyped-def]
+    queries, panels, values, half, head, start, stop, softcap, best, total, out, scores, ids
+):
+    n, dim = queries.shape
+    value_dim = out.shape[1]
+    wide = (value_dim + LANES - 1) // LANES * LANES
+    n_strips = (n + TILE_ROWS - 1) // TILE_ROWS
+    ours = np.zeros(n_strips * TILE_ROWS * dim, np.float32)
+    for i in range(n):
+        for t in range(dim):
+            ours[i * dim + t] = queries[i, t]
+    sums = np.zeros(n_strips * TILE_ROWS * wide, np.float32)
+    found = np.zeros(n, np.int64)
+    block_keys = np.empty(BLOCK_KEYS * dim, np.float32)
+    block_values = np.zeros(BLOCK_KEYS * wide, np.float32)
+    lines, line = np.empty(TILE_ROWS * BLOCK_KEYS, np.float32), np.empty(BLOCK_KEYS, np.float32)
+    for begin in range(start, stop, BLOCK_KEYS):
+        seen = min(BLOCK_KEYS, stop - begin)
+        n_panels = (seen + LANES - 1) // LANES
+        widen(block_keys, panels, head, begin * dim, n_panels * LANES * dim, half)
+        if wide == value_dim:
+            widen(block_values, values, head, begin * wide, seen * wide, half)
+        else:
+            for j in range(seen):
+                widen(block_values[j * wide :], values, head, (begin + j) * value_dim, value_dim, half)
+        for top in range(0, n, TILE_ROWS):
+            for p in range(0, n_panels * LANES, LANES):
+                add_tile(ours, top * dim, dim, block_keys, p * dim, LANES, lines, p, BLOCK_KEYS, dim, False)  # type: ignore[call-arg]
+            for r in range(min(TILE_ROWS, n - top)):
+                i, row = top + r, r * BLOCK_KEYS
+                found[i] = keep_best(lines, row, begin, (0, seen), (scores[i], ids[i]), found[i])
+                if softcap > 0:
+                    soften(lines, row, n_panels, softcap, line)
+                lines[row + seen : row + n_panels * LANES] = -np.inf
+                highest = greatest(lines, row, n_panels)  # type: ignore[call-arg, var-annotated]
+                if highest > best[i]:
+                    factor = np.float32(np.exp(best[i] - highest))
+                    total[i] *= factor
+                    for t in range(i * wide, (i + 1) * wide):
+                        sums[t] *= factor
+                    best[i] = highest
+                total[i] += exp_minus(lines, row, n_panels, best[i])  # type: ignore[call-arg]
+            for t in range(0, wide, LANES):
+                add_tile(lines, 0, BLOCK_KEYS, block_values, t, wide, sums, top * wide + t, wide, seen, True)  # type: ignore[call-arg]
+    for i in range(n):
+        for t in range(value_dim):
+            out[i, t] = sums[i * wide + t]
+        rank(scores[i], ids[i], found[i])

@@ -1,16 +1,14 @@
-"""Sparse attention of questions over one context on the CPU: static set, found keys and tail in one compiled pass.
-
-The reference is what `QuestionAttention` does elsewhere: a partial result of each set, merged by log-sum-exp.
-"""
+"""Sparse attention of questions over one context on the CPU: `rabatch.attention.sets` in one compiled pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rabatch.attention.sets import Attended, Found, StaticSet, stored_bits
 from rabatch.index.compiled import compiled, read_only, run_ranges
 from rabatch.index.machine import add_scaled, prefetch
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
@@ -18,147 +16,173 @@ from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, grea
 _AHEAD = 6  # values whose memory is asked for before they are added
 
 
-@dataclass(frozen=True)
-class StaticSet:
-    """The static set as the kernel reads it.
-
-    Attributes:
-        panels: [n_kv, padded * head_dim], float32: keys, 16 beside each other, number by number.
-        values: [n_kv, n_static * wide], float32, rows padded to a multiple of 16.
-        positions: [n_static], int64, in the context.
-    """
-
-    panels: np.ndarray
-    values: np.ndarray
-    positions: np.ndarray
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, positions: Tensor) -> StaticSet:
-        """From keys and values [n_kv, n_static, head_dim], float32."""
-        n_kv, n, dim = keys.shape
-        padded = torch.nn.functional.pad(keys, (0, 0, 0, -n % LANES))
-        panels = padded.view(n_kv, -1, LANES, dim).transpose(2, 3).reshape(n_kv, -1)
-        rows = torch.nn.functional.pad(values, (0, -values.shape[2] % LANES)).reshape(n_kv, -1)
-        return cls(*(read_only(t.numpy()) for t in (panels, rows, positions)))
-
-
-def attend_sets(
+def attend_compiled(
     queries: Tensor,
     static: StaticSet,
-    found: tuple[Tensor, Tensor],
+    find: Callable[[], Found],
     values: Tensor,
     tail: tuple[Tensor, Tensor],
+    begins: Tensor,
     places: Tensor,
     counts: Tensor,
     *,
     scaling: float,
     softcap: float | None,
+    goal: float,
     mass: np.ndarray,
     threads: int = 0,
-) -> Tensor:
-    """Attention of every question's new tokens.
+) -> Attended:
+    """See `sets.attend_sets`, for tensors on the CPU.
 
     Args:
-        queries: [n_kv, batch, group, q_tokens, head_dim].
-        found: Raw products and rows of `values`, [n_kv, batch * group * q_tokens, k]; -1 where there is no key.
-        values: [n_kv, n_keys, head_dim], float32, bfloat16 or float16.
-        tail: Keys and values [batch, n_kv, tail_tokens, head_dim].
-        places: int64 [batch, q_tokens]: where each token stands in its tail; it sees what comes before, and itself.
-        counts: int64 [batch]: tokens of each question; what follows is padding, whose output is 0.
-        scaling: Factor on q . k.
-        softcap: Bound of the logits, or None.
-        mass: [batch, context_tokens], float32: the attention of each question's last token is added, summed over heads.
-        threads: 0: as many as torch uses.
-
-    Returns:
-        [batch, q_tokens, n_kv * group, head_dim], float32.
+        threads: 0: as many as torch uses. They share the (question, KV head) pairs; the result does not depend on it.
     """
     n_kv, batch, group, q_tokens, _ = queries.shape
-    dim = values.shape[2]
-    stored = values.contiguous()
-    codes = stored.numpy() if stored.dtype == torch.float32 else stored.view(torch.int16).numpy().view(np.uint16)
-    scores, ids = found
+    scores, ids = find()
+    k, dim, n_static = ids.shape[2], values.shape[2], len(static.positions)
+    codes = read_only(stored_bits(values))
     inputs = [
         read_only(t.numpy())
-        for t in (queries.float() * scaling, scores * scaling, ids, *(t.float() for t in tail), places, counts)
+        for t in (queries.float() * scaling, scores * scaling, ids, *(t.float() for t in tail), begins, places, counts)
     ]
+    keys, static_values, bias, positions, of_key, zone_keys = static.panels
+    first_row = static.zones.first_row if static.zones is not None else 0
+    settings = values.dtype == torch.float16, np.float32(softcap or 0), np.float32(goal), first_row, n_static
     out = np.zeros((batch, q_tokens, n_kv * group, dim), np.float32)
-    half, cap = values.dtype == torch.float16, np.float32(softcap or 0)
-    of_static = (static.panels, static.values, static.positions)
+    seen = np.zeros((batch, n_kv, n_static + group * k), np.float32)
+    stats = np.zeros((batch, n_kv, 2))
 
     def attend(start: int, stop: int) -> None:
-        for question in range(start, stop):
-            _attend_question(question, *inputs, *of_static, read_only(codes), half, cap, out[question], mass[question])
+        for question, head in (divmod(pair, n_kv) for pair in range(start, stop)):
+            fixed = keys[head], static_values[head], bias[head], of_key[head], zone_keys[head]
+            results = out[question], seen[question, head], stats[question, head]
+            _attend_question(question, head, *inputs, *fixed, codes, *settings, *results)
 
-    run_ranges(attend, batch, threads=threads or torch.get_num_threads(), chunks_per_thread=2)
-    return torch.from_numpy(out)
+    run_ranges(attend, batch * n_kv, threads=threads or torch.get_num_threads(), chunks_per_thread=2)
+    _add_mass(mass, seen, positions, inputs[2], inputs[-1], group, q_tokens, values.shape[1])
+    per_head = stats.sum(1) / (n_kv * group)
+    return Attended(torch.from_numpy(out), per_head[:, 0], per_head[:, 1])
 
 
 @compiled
 def _attend_question(  # type: ignore[no-untyped-def]
-    b, queries, scores, ids, tail_keys, tail_values, places, counts, panels, static_values, positions, codes, half,
-    softcap, out, mass,
+    b, head, queries, scores, ids, tail_keys, tail_values, begins, places, counts,
+    panels, static_values, bias, of_key, zone_keys, codes, half, softcap, goal, first_row, n_static, out, seen, stats,
 ):  # fmt: skip
-    n_kv, _, group, q_tokens, dim = queries.shape
-    n_static, k, value_dim = len(positions), ids.shape[2], codes.shape[2]
+    _, _, group, q_tokens, dim = queries.shape
+    k, n_keys, value_dim = ids.shape[2], codes.shape[1], codes.shape[2]
     wide = (value_dim + LANES - 1) // LANES * LANES
-    n_tail = places[b, counts[b] - 1] + 1
-    at_found = (n_static + LANES - 1) // LANES * LANES
+    n_fixed, begin = n_static + zone_keys.shape[0], begins[b]
+    n_tail = places[b, counts[b] - 1] + 1 - begin
+    at_found = (n_fixed + LANES - 1) // LANES * LANES
     at_tail = at_found + (k + LANES - 1) // LANES * LANES
     width = at_tail + (n_tail + LANES - 1) // LANES * LANES
     ours = np.zeros(TILE_ROWS * dim, np.float32)
     lines, line = np.zeros(TILE_ROWS * width, np.float32), np.empty(width, np.float32)
     sums = np.zeros(TILE_ROWS * wide, np.float32)
+    kept, zones = np.zeros(TILE_ROWS, np.int64), np.empty(TILE_ROWS * k, np.int64)
     per_line = max(64 // codes.itemsize, 1)
-    n_keys = codes.shape[1]
     n = group * counts[b]
-    for head in range(n_kv):
-        for top in range(0, n, TILE_ROWS):
-            for r in range(min(TILE_ROWS, n - top)):
+    for top in range(0, n, TILE_ROWS):
+        for r in range(min(TILE_ROWS, n - top)):
+            for t in range(dim):
+                ours[r * dim + t] = queries[head, b, (top + r) % group, (top + r) // group, t]
+        for p in range(0, at_found, LANES):
+            add_tile(ours, 0, dim, panels, p * dim, LANES, lines, p, width, dim, False)  # type: ignore[call-arg]
+        for r in range(min(TILE_ROWS, n - top)):
+            g, token, row = (top + r) % group, (top + r) // group, r * width
+            item = (b * group + g) * q_tokens + token
+            found, own = row + at_found, row + at_tail
+            lines[found : row + width] = -np.inf
+            n_found = 0
+            while n_found < k and ids[head, item, n_found] >= 0:
+                lines[found + n_found] = scores[head, item, n_found]
+                n_found += 1
+            for j in range(places[b, token] + 1 - begin):
+                product = np.float32(0)
                 for t in range(dim):
-                    ours[r * dim + t] = queries[head, b, (top + r) % group, (top + r) // group, t]
-            for p in range(0, at_found, LANES):
-                add_tile(ours, 0, dim, panels[head], p * dim, LANES, lines, p, width, dim, False)  # type: ignore[call-arg]
-            for r in range(min(TILE_ROWS, n - top)):
-                g, token, row = (top + r) % group, (top + r) // group, r * width
-                item = (b * group + g) * q_tokens + token
-                lines[row + n_static : row + at_found] = -np.inf
-                lines[row + at_found : row + width] = -np.inf
-                for j in range(k):
-                    if ids[head, item, j] >= 0:
-                        lines[row + at_found + j] = scores[head, item, j]
-                for j in range(places[b, token] + 1):
-                    product = np.float32(0)
-                    for t in range(dim):
-                        product += ours[r * dim + t] * tail_keys[b, head, j, t]
-                    lines[row + at_tail + j] = product
-                if softcap > 0:
-                    soften(lines, row, width // LANES, softcap, line)
-                best = greatest(lines, row, width // LANES)  # type: ignore[call-arg, var-annotated]
-                total = exp_minus(lines, row, width // LANES, best)  # type: ignore[call-arg, var-annotated]
-                for j in range(row, row + width):
-                    lines[j] /= total
-            for t in range(0, wide, LANES):
-                add_tile(lines, 0, width, static_values[head], t, wide, sums, t, wide, n_static, False)  # type: ignore[call-arg]
-            for r in range(min(TILE_ROWS, n - top)):
-                g, token, row = (top + r) % group, (top + r) // group, r * width
-                item = (b * group + g) * q_tokens + token
-                result = out[token, head * group + g]
-                for t in range(value_dim):
-                    result[t] = sums[r * wide + t]
-                for j in range(k):
-                    coming = ids[head, item, j + _AHEAD] if j + _AHEAD < k else -1
-                    if coming >= 0:
-                        for at in range(0, value_dim, per_line):
-                            prefetch(codes, (head * n_keys + coming) * value_dim + at)  # type: ignore[call-arg]
-                    if ids[head, item, j] >= 0:
-                        add_scaled(result, codes, head, ids[head, item, j], lines[row + at_found + j], half)
-                for j in range(places[b, token] + 1):
+                    product += ours[r * dim + t] * tail_keys[b, head, begin + j, t]
+                lines[own + j] = product
+            if softcap > 0:
+                soften(lines, row, width // LANES, softcap, line)
+            for j in range(at_found):
+                lines[row + j] += bias[j]
+            best = greatest(lines, row, width // LANES)  # type: ignore[call-arg, var-annotated]
+            total = exp_minus(lines, row, width // LANES, best)  # type: ignore[call-arg, var-annotated]
+            certain = np.float32(0)
+            for j in range(n_static):
+                certain += lines[row + j]
+            for j in range(places[b, token] + 1 - begin):
+                certain += lines[own + j]
+            for j in range(n_found):  # a key that is found is taken out of its zone
+                zones[r * k + j] = -1
+                at = ids[head, item, j] - first_row
+                if 0 <= at < of_key.shape[0] and ids[head, item, j] < n_keys:
+                    zones[r * k + j] = of_key[at]
+                    total -= lines[row + n_static + of_key[at]] / zone_keys[of_key[at]]
+            attended = certain
+            kept[r] = n_found
+            if goal < 1:
+                wanted = goal * total
+                for j in range(n_found):
+                    if attended >= wanted:
+                        kept[r] = j
+                        break
+                    attended += lines[found + j]
+                for j in range(kept[r], n_found):
+                    total -= lines[found + j]
+                    if zones[r * k + j] >= 0:
+                        total += lines[row + n_static + zones[r * k + j]] / zone_keys[zones[r * k + j]]
+            else:
+                for j in range(n_found):
+                    attended += lines[found + j]
+            stats[0] += n_static
+            stats[1] += attended / total
+            for j in range(row, row + width):
+                lines[j] /= total
+        for t in range(0, wide, LANES):
+            add_tile(lines, 0, width, static_values, t, wide, sums, t, wide, n_fixed, False)  # type: ignore[call-arg]
+        for r in range(min(TILE_ROWS, n - top)):
+            g, token, row = (top + r) % group, (top + r) // group, r * width
+            item = (b * group + g) * q_tokens + token
+            result = out[token, head * group + g]
+            for t in range(value_dim):
+                result[t] = sums[r * wide + t]
+            for j in range(kept[r]):
+                coming = ids[head, item, j + _AHEAD] if j + _AHEAD < kept[r] else -1
+                if 0 <= coming < n_keys:
+                    for at in range(0, value_dim, per_line):
+                        prefetch(codes, (head * n_keys + coming) * value_dim + at)  # type: ignore[call-arg]
+                weight, zone = lines[row + at_found + j], zones[r * k + j]
+                if ids[head, item, j] >= n_keys:
                     for t in range(value_dim):
-                        result[t] += lines[row + at_tail + j] * tail_values[b, head, j, t]
+                        result[t] += weight * tail_values[b, head, ids[head, item, j] - n_keys, t]
+                    continue
+                stats[0] += 1
                 if token == counts[b] - 1:
-                    for j in range(n_static):
-                        mass[positions[j]] += lines[row + j]
-                    for j in range(k):
-                        if ids[head, item, j] >= 0:
-                            mass[ids[head, item, j]] += lines[row + at_found + j]
+                    seen[n_static + g * k + j] = weight
+                if zone >= 0:
+                    weight -= lines[row + n_static + zone] / zone_keys[zone]
+                add_scaled(result, codes, head, ids[head, item, j], weight, half)
+            for j in range(places[b, token] + 1 - begin):
+                for t in range(value_dim):
+                    result[t] += lines[row + at_tail + j] * tail_values[b, head, begin + j, t]
+            if token == counts[b] - 1:
+                for j in range(n_static):
+                    seen[j] += lines[row + j]
+
+
+@compiled
+def _add_mass(mass, seen, positions, ids, counts, group, q_tokens, n_keys):  # type: ignore[no-untyped-def]
+    """Where the attention of each question's last token went, to mass [batch, context_tokens]."""
+    batch, n_kv, _ = seen.shape
+    n_static, k = len(positions), ids.shape[2]
+    for b in range(batch):
+        for head in range(n_kv):
+            for j in range(n_static):
+                mass[b, positions[j]] += seen[b, head, j]
+            for g in range(group):
+                item = (b * group + g) * q_tokens + counts[b] - 1
+                for j in range(k):
+                    if 0 <= ids[head, item, j] < n_keys:
+                        mass[b, ids[head, item, j]] += seen[b, head, n_static + g * k + j]

@@ -70,6 +70,11 @@ class Tails:
         mine = slice(self._range.start, self._range.stop)
         return keys[mine, :, : self._longest], values[mine, :, : self._longest]
 
+    def keys(self, layer: int, slot: int, places: slice) -> Tensor | None:
+        """Keys of a slot at some places of its tail, [n_kv, n, dim]; None: the layer keeps none."""
+        held = self._states[layer]
+        return held[0][slot, :, places] if held else None
+
     def _room(self, like: Tensor, tokens: int) -> Tensor:
         return like.new_zeros((len(self.lengths), like.shape[1], tokens, like.shape[3]))
 

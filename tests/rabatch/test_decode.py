@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rabatch.attention.context import ContextLayer, QuestionAttention
+from rabatch.attention.context import QuestionAttention
+from rabatch.attention.layer import ContextLayer
 from rabatch.attention.seam import AttentionCall
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
@@ -97,7 +98,7 @@ def test_attended_share_counts_static_set_and_top_k(stored: Stored) -> None:
     n = stored[2].context_tokens
     expected = {"dense": 1.0, "streaming": (16 + 128) / n, "flat": (16 + 128 + 20) / n, "graph": (16 + 128 + 20) / n}
     for method, share in expected.items():
-        recipe = Recipe(method=method, top_k=20)
+        recipe = Recipe(method=method, top_k=20, budget="fixed")
         rows = answer_batch(context_of(stored, recipe), stored[3][:3], recipe, GREEDY)
         assert [row["attended_share"] for row in rows] == pytest.approx([share] * 3, rel=1e-5)
 
@@ -247,14 +248,14 @@ def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -
 def test_padding_queries_count_nothing() -> None:
     """Two questions of different length get the same share as alone."""
     keys = torch.randn(1, 50, 4)
-    layer = ContextLayer(keys, keys, 0, 10, 40, None)
+    layer = ContextLayer(keys, keys, 0, 10, 40, None, np.zeros(1, np.int64))
     attention = QuestionAttention([layer], context_tokens=50, slots=2, recipe=Recipe(method="streaming"))
     query, tail = torch.randn(2, 2, 5, 4), torch.randn(2, 1, 5, 4)
     attention.begin(0, [5, 2], question=True)
     out = attention.attend(AttentionCall(0, query, tail, tail, 0.5, None, 0))
     assert torch.isfinite(out).all()
     np.testing.assert_array_equal(attention._queries, [5, 2])
-    assert [attention.seen(slot)[1] for slot in (0, 1)] == pytest.approx([0.4, 0.4])
+    assert [attention.seen(slot).attended_share for slot in (0, 1)] == pytest.approx([0.4, 0.4])
 
 
 @pytest.mark.parametrize("method", ["dense", "graph"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabatch.attention import merge as merge_module
-from rabatch.attention.merge import Partial, dense_partial, gathered_partial, logits, merge
+from rabatch.attention.merge import Partial, dense_partial, logits, merge
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
@@ -44,37 +44,12 @@ def test_any_split_merges_to_the_whole(
     torch.testing.assert_close(merge(parts).out, naive(q, k, v, 0.3, softcap), atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**20), rows=st.integers(1, 9), keys=st.integers(1, 30), k=st.integers(1, 40))
-def test_gathered_plus_rest_is_the_whole(seed: int, rows: int, keys: int, k: int) -> None:
-    """Each row retrieves its own keys; the others come from a masked dense partial."""
-    q, key, v = random_case(seed, rows, keys, 8)
-    raw = q @ key.transpose(1, 2)
-    found = raw.topk(min(k, keys), dim=-1)
-    ids = torch.full((2, rows, k), -1)
-    scores = torch.full((2, rows, k), -torch.inf)
-    ids[..., : found.indices.shape[-1]], scores[..., : found.indices.shape[-1]] = found.indices, found.values
-    rest = torch.ones(2, rows, keys, dtype=torch.bool).scatter_(-1, found.indices, value=False)
-    parts = [
-        gathered_partial(scores, ids, v, scaling=0.3, softcap=None),
-        dense_partial(q, key, v, scaling=0.3, mask=rest),
-    ]
-    torch.testing.assert_close(merge(parts).out, naive(q, key, v, 0.3, None), atol=1e-5, rtol=1e-5)
-
-
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random_case(1, 11, 50, 8)
-    raw = q @ k.transpose(1, 2)
-    found = raw.topk(7, dim=-1)
     mask = torch.rand(2, 11, 50, generator=torch.Generator().manual_seed(2)) > 0.3
     whole = dense_partial(q, k, v, scaling=1.0, mask=mask)
-    picked = gathered_partial(found.values, found.indices, v, scaling=1.0, softcap=None)
     monkeypatch.setattr(merge_module, "MAX_BLOCK_SCORES", 120)
     for mine, other in zip(whole, dense_partial(q, k, v, scaling=1.0, mask=mask), strict=True):
-        torch.testing.assert_close(mine, other)
-    for mine, other in zip(
-        picked, gathered_partial(found.values, found.indices, v, scaling=1.0, softcap=None), strict=True
-    ):
         torch.testing.assert_close(mine, other)
 
 
@@ -82,8 +57,7 @@ def test_rows_that_see_nothing_are_zero_not_nan() -> None:
     q, k, v = random_case(3, 2, 5, 4)
     nothing = dense_partial(q, k, v, scaling=1.0, mask=torch.zeros(2, 2, 5, dtype=torch.bool))
     empty = dense_partial(q, k[:, :0], v[:, :0], scaling=1.0)
-    none = gathered_partial(torch.full((2, 2, 3), -torch.inf), torch.full((2, 2, 3), -1), v, scaling=1.0, softcap=None)
-    for partial in (nothing, empty, none, merge([nothing, empty, none])):
+    for partial in (nothing, empty, merge([nothing, empty])):
         assert torch.equal(partial.out, torch.zeros(2, 2, 4))
         assert torch.isneginf(partial.lse).all()
     whole = dense_partial(q, k, v, scaling=1.0)

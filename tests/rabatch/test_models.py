@@ -218,6 +218,7 @@ def test_fingerprint_changes_with_dtype_and_template(config: ModelConfig) -> Non
         BuildConfig(query_share=0.5),
         BuildConfig(query_top_k=16),
         BuildConfig(sample_vectors=0),
+        BuildConfig(zone_tokens=0),
         BuildConfig(kv_dtype="float16"),
         BuildConfig(graph=GraphConfig(degree=16, key_neighbors=8)),
     ],
@@ -229,6 +230,8 @@ def test_fingerprint_changes_with_the_build(build: BuildConfig) -> None:
 def test_fingerprint_ignores_what_changes_no_number() -> None:
     assert fingerprint(CPU, BuildConfig(prefill_chunk_tokens=64)) == fingerprint(CPU)
     without_graph = BuildConfig(index="none")
-    assert fingerprint(CPU, BuildConfig(index="none", sample_vectors=0)) == fingerprint(CPU, without_graph)
+    assert fingerprint(CPU, BuildConfig(index="none", sample_vectors=0, zone_tokens=0)) == fingerprint(
+        CPU, without_graph
+    )
     tail_only = ModelConfig(device="cpu", dtype="float32", context_template="{document} Q: {question}")
     assert fingerprint(tail_only) == fingerprint(CPU)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from rabatch import prefill
+from rabatch import indexing, prefill
 from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import AttentionCall, attending
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
@@ -23,6 +23,8 @@ from rabatch.fingerprint import index_fields
 from rabatch.index.base import QuerySample
 from rabatch.index.graph import build_layer
 from rabatch.index.links import unreachable
+from rabatch.index.profile import GRID
+from rabatch.index.zones import partition
 from rabatch.indexing import layer_block
 from rabatch.loading import LoadedModel, load_model
 from rabatch.prefill import prefill_units, run
@@ -31,6 +33,7 @@ from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.verify import verify
 from rabatch.units import Unit, index_range, unit_array, unit_tensor
 from tests.rabatch.engine import new_store, store_document
+from tests.rabatch.models import save_tiny_model
 
 BUILD = BuildConfig(sink_tokens=8, window_tokens=40, query_top_k=8, query_share=0.3, prefill_chunk_tokens=97)
 SOME = dataclasses.replace(BUILD, sample_vectors=50)
@@ -59,8 +62,12 @@ def dense_calls(loaded: LoadedModel, context: EncodedContext) -> dict[int, Atten
         def attend(self, call: AttentionCall) -> torch.Tensor:
             calls[call.layer] = call
             keys, values = (t.repeat_interleave(call.query.shape[1] // t.shape[1], 1) for t in (call.key, call.value))
-            attended = scaled_dot_product_attention(call.query, keys, values, is_causal=True, scale=call.scaling)
-            return attended.transpose(1, 2)
+            logits = call.query @ keys.transpose(2, 3) * call.scaling
+            if call.softcap:
+                logits = call.softcap * torch.tanh(logits / call.softcap)
+            age = torch.arange(logits.shape[2])[:, None] - torch.arange(logits.shape[3])
+            hidden = (age < 0) | (age >= (call.sliding_window or len(age)))
+            return (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(1, 2)
 
     with torch.inference_mode(), attending(Recorder()):
         loaded.model(torch.from_numpy(context.token_ids).long()[None])
@@ -226,6 +233,76 @@ def test_threads_do_not_change_graphs(loaded: LoadedModel, text: str) -> None:
     np.testing.assert_array_equal(one.neighbors, two.neighbors)
 
 
+def test_threads_do_not_change_zones_and_profiles(loaded: LoadedModel, text: str) -> None:
+    unit = units_of(loaded, text, SOME)[1]
+    one, two = layer_block(unit, SOME), layer_block(unit, SOME, threads=2)
+    assert one.zones is not None
+    assert one.equals(two)
+
+
+@pytest.mark.parametrize("name", ["demo", "gemma2"])
+def test_profiles_are_of_the_latest_vectors(
+    name: str, loaded: LoadedModel, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the attention weights of an unchunked pass; a model may have its own scaling, and bound its logits."""
+    monkeypatch.setattr(indexing, "PROFILE_POSITIONS", 5)
+    if name != "demo":
+        loaded = load_model(ModelConfig(name=str(save_tiny_model(name, tmp_path)), device="cpu", dtype="float32"))
+    build = dataclasses.replace(SOME, kv_dtype="float32")
+    context = prefill.encode(loaded, "d", text)
+    units = [unit for _, unit in prefill_units(loaded, [context], build) if unit["unit_kind"] == "layer"]
+    sample = run(loaded, [context], build)[1].contexts[0]
+    start, stop = index_range(len(context), build)
+    compared = 0
+    for layer, call in dense_calls(loaded, context).items():
+        parts = [layer_block(unit, build) for unit in units if unit["layer"] == layer]
+        if call.sliding_window:
+            assert all(part.zones is None and part.profile is None for part in parts)
+            continue
+        n_kv = call.key.shape[1]
+        group = call.query.shape[1] // n_kv
+        latest = sample.positions[sample.has_vector(group)][-5:].tolist()
+        made = np.concatenate([part.profile for part in parts if part.profile is not None])
+        assert len(made) == n_kv
+        for head in range(n_kv):
+            held = np.zeros(1 + len(GRID))
+            for query_head, position in itertools.product(range(head * group, (head + 1) * group), latest):
+                query = call.query[0, query_head, position].double()
+                logits = call.key[0, head, : position + 1].double() @ query * call.scaling
+                if call.softcap:
+                    logits = call.softcap * torch.tanh(logits / call.softcap)
+                weights = logits.softmax(0)
+                others = weights[start : min(stop, position - build.window_tokens + 1)].sort(descending=True).values
+                held += [1 - float(others[count:].sum()) for count in (0, *GRID)]
+            np.testing.assert_allclose(made[head], held / (5 * group), atol=1e-4)
+            compared += 1
+    assert compared
+    if name == "gemma2":
+        assert any(unit["softcap"] > 0 for unit in units)
+        assert all(unit["scaling"] == pytest.approx(32**-0.5) for unit in units)
+
+
+def test_a_stored_document_has_zones_and_profiles(loaded: LoadedModel, text: str, tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    for zone_tokens in (64, 7, 0):
+        build = dataclasses.replace(SOME, zone_tokens=zone_tokens)
+        manifest = store_document(loaded, store, text, build)
+        start, stop = index_range(manifest.context_tokens, build)
+        for layer in range(loaded.geometry.n_layers):
+            block = store.read_layer(manifest, layer)
+            assert block.profile is not None
+            assert (block.profile[:, -1] == 1).all()  # fewer keys than the last number of the grid
+            assert (block.profile[:, 0] < 1).all()
+            if not zone_tokens:
+                assert block.zones is None
+                continue
+            assert block.zones is not None
+            keys = block.keys[:, start:stop].float().numpy()
+            np.testing.assert_array_equal(block.zones, partition(np.ascontiguousarray(keys), zone_tokens=zone_tokens))
+            assert block.zones.max() + 1 <= -(-(stop - start) // zone_tokens)
+    assert verify(store) == []
+
+
 def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None:
     """No vector travels, another graph under another fingerprint comes out, and it answers."""
     bare = dataclasses.replace(BUILD, sample_vectors=0)
@@ -235,6 +312,8 @@ def test_without_vectors(loaded: LoadedModel, text: str, tmp_path: Path) -> None
     assert aligned.neighbors is not None
     assert plain.neighbors is not None
     assert (aligned.neighbors != plain.neighbors).any()
+    assert plain.profile is None
+    assert plain.zones is not None
     fingerprints = {fingerprint_of(index_fields(loaded.config, build)) for build in (BUILD, SOME, bare)}
     assert len(fingerprints) == 3
     store = new_store(tmp_path)

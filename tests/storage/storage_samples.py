@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
+from rabatch.storage.blocks import PROFILE_NUMBERS
 from rabatch.storage.manifest import Geometry, Manifest, fingerprint_of, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
@@ -49,16 +50,22 @@ def make_block(
     index_start: int = 3,
     index_rows: int = 12,
     n_entries: int = 3,
+    n_zones: int | None = 4,
+    profiled: bool = True,
     first_position: int = 0,
     seed: int = 0,
 ) -> LayerBlock:
     torch_random, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     keys, values = (torch.randn(n_heads, rows, head_dim, generator=torch_random).to(dtype) for _ in range(2))
-    neighbors = entries = None
+    neighbors = entries = zones = profile = None
     if degree is not None:
         neighbors = random.integers(-1, max(index_rows, 0), (n_heads, index_rows, degree)).astype(np.int32)
         n_entries = n_entries if index_rows else 0
         entries = random.integers(0, max(index_rows, 1), (n_heads, n_entries)).astype(np.int32)
+        if n_zones is not None:
+            zones = random.integers(0, max(min(n_zones, index_rows), 1), (n_heads, index_rows)).astype(np.int32)
+        if profiled:
+            profile = np.sort(random.random((n_heads, PROFILE_NUMBERS), np.float32), axis=1)
     return LayerBlock(
         layer=layer,
         head_start=0,
@@ -67,6 +74,8 @@ def make_block(
         values=values,
         neighbors=neighbors,
         entries=entries,
+        zones=zones,
+        profile=profile,
         index_start=index_start if degree is not None else 0,
     )
 

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from storage_samples import GEOMETRY, prepare
 
+from rabatch.index.profile import GRID
+from rabatch.storage.blocks import PROFILE_NUMBERS
 from rabatch.storage.manifest import Geometry, Manifest, Part
 from rabatch.storage.store import IndexStore
 
@@ -44,4 +46,14 @@ def test_every_metadata_key_and_column_is_described(tmp_path: Path) -> None:
         schema = pq.read_schema(tmp_path / part.path)
         for name in [*schema.names, *(key.decode() for key in schema.metadata)]:
             assert f"`{name}`" in text
-        assert all(json.loads(value) is not None or key == b"entries" for key, value in schema.metadata.items())
+        assert all(
+            json.loads(value) is not None or key in (b"entries", b"profile") for key, value in schema.metadata.items()
+        )
+
+
+def test_the_profile_is_described() -> None:
+    assert 1 + len(GRID) == PROFILE_NUMBERS
+    counts = ", ".join(map(str, GRID[:-1])) + f" and {GRID[-1]}"
+    text = DOC.read_text()
+    assert counts in text
+    assert f"array of {PROFILE_NUMBERS} numbers" in text

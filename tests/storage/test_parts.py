@@ -31,6 +31,8 @@ def blocks(draw: st.DrawFn) -> LayerBlock:
         index_start=index_start,
         index_rows=draw(st.integers(0, rows - index_start)),
         n_entries=draw(st.integers(0, 4)),
+        n_zones=draw(st.none() | st.integers(1, 9)),
+        profiled=draw(st.booleans()),
         first_position=draw(st.integers(0, 1000)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -58,6 +60,10 @@ def test_loading_gives_the_numbers_that_were_saved() -> None:
     assert back.entries.tolist() == block.entries.tolist()
     assert back.keys.dtype == torch.bfloat16
     assert (back.layer, back.head_start, back.index_start) == (0, 0, 1)
+    assert back.zones is not None
+    assert back.profile is not None
+    assert (back.zones.tolist(), back.profile.tolist()) == (block.zones.tolist(), block.profile.tolist())
+    assert (back.zones.dtype, back.profile.dtype) == (np.int32, np.float32)
     changed = block.keys.clone()
     changed[1, 4, 2] += 1
     assert not back.equals(make_block(rows=5, index_start=1, index_rows=3, degree=2, head_dim=3, seed=1))
@@ -73,6 +79,60 @@ def test_neighbor_width_follows_the_index(rows: int, width: int) -> None:
     stored = encode_layer(block, **NAMED)
     assert pq.read_schema(pa.BufferReader(stored)).field("neighbors").type.byte_width == width
     assert decode_layer(stored, name="part").equals(block)
+
+
+@pytest.mark.parametrize(("n_zones", "width"), [(65534, 2), (65535, 4)])
+def test_zone_width_follows_the_number_of_zones(n_zones: int, width: int) -> None:
+    block = make_block(n_heads=1, rows=70000, head_dim=1, degree=1, index_start=5, index_rows=69990)
+    assert block.zones is not None
+    block.zones[0, :3] = [n_zones - 1, 0, 3]
+    stored = encode_layer(block, **NAMED)
+    assert pq.read_schema(pa.BufferReader(stored)).field("zone").type.byte_width == width
+    assert decode_layer(stored, name="part").equals(block)
+
+
+def test_equality_sees_zones_and_profiles() -> None:
+    block = make_block()
+    for name in ("zones", "profile"):
+        changed = getattr(block, name).copy()
+        changed[1, -1] = changed[1, -2]
+        for other in (changed, None):
+            assert not LayerBlock(**{**vars(block), name: other}).equals(block)
+            assert not block.equals(LayerBlock(**{**vars(block), name: other}))
+
+
+def test_parts_of_before_zones_are_read() -> None:
+    """Parts written before there were zones and profiles lack the keys."""
+    block = make_block(n_zones=None, profiled=False)
+    stored = _without(encode_layer(block, **NAMED), "zone_width", "n_zones", "profile")
+    back = decode_layer(stored, name="part", expect=NAMED)
+    assert back.equals(block)
+    assert (back.zones, back.profile) == (None, None)
+
+
+def _without(stored: pa.Buffer, *keys: str) -> pa.Buffer:
+    """A part without some of its metadata."""
+    table = pq.ParquetFile(pa.BufferReader(stored))
+    metadata = {k: v for k, v in table.schema_arrow.metadata.items() if k.decode() not in keys}
+    assert len(metadata) == len(table.schema_arrow.metadata) - len(keys)
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema_arrow.with_metadata(metadata), use_dictionary=False) as writer:
+        for i in range(table.num_row_groups):
+            writer.write_table(table.read_row_group(i).replace_schema_metadata(metadata))
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(("row", "zone"), [(0, 0), (2, 3), (15, 1), (19, 0), (3, 0xFFFF), (7, 4), (14, 12)])
+def test_damaged_zones_are_refused(row: int, zone: int) -> None:
+    """A zone outside the index, none inside of it, or one that does not exist."""
+
+    def change(i: int, table: pa.Table) -> pa.Table:
+        zones = [value.as_py() for value in table.column("zone")]
+        zones[row] = zone.to_bytes(2, "little") if i == 1 else zones[row]
+        return table.set_column(4, table.field(4), pa.array(zones, pa.binary(2)))
+
+    with pytest.raises(IntegrityError, match="zone"):
+        decode_layer(_rewritten({}, table_change=change), name="p")
 
 
 def test_special_values_survive() -> None:
@@ -92,7 +152,7 @@ def test_a_view_of_a_larger_tensor_is_stored_as_it_reads() -> None:
 
 def test_layout_is_the_documented_one() -> None:
     file = pq.ParquetFile(pa.BufferReader(encode_layer(make_block(), **NAMED)))
-    assert file.schema_arrow.names == ["position", "key", "value", "neighbors"]
+    assert file.schema_arrow.names == ["position", "key", "value", "neighbors", "zone"]
     assert file.metadata.num_row_groups == 2
     assert file.metadata.row_group(0).num_rows == 20
     chunk = file.metadata.row_group(1).column(1)
@@ -102,11 +162,12 @@ def test_layout_is_the_documented_one() -> None:
     assert json.loads(file.schema_arrow.metadata[b"dtype"]) == "bfloat16"
     none = file.read_row_group(0).column("neighbors")[0].as_py()
     assert none == b"\xff" * 8  # a sink row is outside the index
+    assert file.read_row_group(0).column("zone")[0].as_py() == b"\xff\xff"
 
 
 def test_split_covers_the_heads() -> None:
     block = make_block(n_heads=5)
-    pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4)))
+    pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4 + 4)))
     assert [(p.head_start, p.head_stop) for p in pieces] == [(0, 2), (2, 4), (4, 5)]
     assert [p.n_heads for p in block.split(max_bytes=1)] == [1] * 5
     assert len(list(block.split())) == 1
@@ -125,6 +186,17 @@ def test_split_covers_the_heads() -> None:
         ({"neighbors": np.zeros((3, 12, 4), np.int32)}, "neighbors"),
         ({"entries": np.full((2, 1), -1, np.int32)}, "entries"),
         ({"index_start": 9}, "index_start"),
+        ({"zones": np.full((2, 12), 12, np.int32)}, "zones"),
+        ({"zones": np.full((2, 12), -1, np.int32)}, "zones"),
+        ({"zones": np.zeros((2, 11), np.int32)}, "zones"),
+        ({"zones": np.zeros((2, 12), np.int64)}, "zones"),
+        ({"neighbors": None, "entries": None, "profile": None, "zones": np.zeros((2, 0), np.int32)}, "zones"),
+        ({"neighbors": None, "entries": None, "zones": None}, "profile"),
+        ({"profile": np.zeros((2, 10), np.float32)}, "profile"),
+        ({"profile": np.zeros((2, 11))}, "profile"),
+        ({"profile": np.full((2, 11), np.nan, np.float32)}, "profile"),
+        ({"profile": np.full((2, 11), 1.01, np.float32)}, "profile"),
+        ({"profile": np.linspace(1, 0, 22, dtype=np.float32).reshape(2, 11)}, "profile"),
     ],
 )
 def test_a_block_that_contradicts_itself_is_not_written(change: dict, field: str) -> None:
@@ -175,6 +247,26 @@ def _rewritten(change: dict, drop_group: bool = False, table_change: object = No
         ("entries", [[0], [-1]]),
         ("entries", [[0], [1, 2]]),
         ("entries", "x"),
+        ("zone_width", 4),
+        ("zone_width", 0),
+        ("zone_width", 3),
+        ("zone_width", True),
+        ("zone_width", None),
+        ("n_zones", 3),
+        ("n_zones", 13),
+        ("n_zones", -1),
+        ("n_zones", "4"),
+        ("profile", [[0.5] * 11]),
+        ("profile", [[0.5] * 11, [0.5] * 10]),
+        ("profile", [[0.5] * 10] * 2),
+        ("profile", [[0.5] * 11, [0.5] * 10 + [1.5]]),
+        ("profile", [[0.5] * 11, [0.5] * 10 + [0.25]]),
+        ("profile", [[0.5] * 11, [0.5] * 10 + [float("nan")]]),
+        ("profile", [["0.5"] * 11] * 2),
+        ("profile", [[True] * 11] * 2),
+        ("profile", [0.5] * 2),
+        ("profile", {"0": [0.5] * 11}),
+        ("profile", "x"),
         ("fingerprint", "e" * 64),
         ("document_key", "e" * 32),
     ],

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from storage_samples import FIELDS, FINGERPRINT, GEOMETRY, HOSTILE_IDS, make_tokens, prepare
 
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
+from rabatch.storage.blocks import LayerBlock
 from rabatch.storage.manifest import Manifest, Part
 from rabatch.storage.store import MARKER, IndexStore
 
@@ -364,3 +365,16 @@ def test_reading_does_not_change_the_store(store: IndexStore) -> None:
     block = store.read_layer(manifest, 0)
     block.keys.zero_()
     assert torch.count_nonzero(store.read_layer(manifest, 0).keys) > 0
+
+
+@pytest.mark.parametrize("name", ["zones", "profile"])
+def test_parts_that_differ_in_what_they_hold_are_refused(store: IndexStore, name: str) -> None:
+    manifest, blocks = prepare(store, heads_per_part=1)
+    head = blocks[0].select(range(1, 2))
+    bare = LayerBlock(**{**vars(head), name: None})
+    part = store.put_layer(bare, document_id="doc", fingerprint=manifest.fingerprint, attempt=store.new_attempt())
+    mixed = dataclasses.replace(manifest, parts=(*manifest.parts[:2], part, *manifest.parts[3:]))
+    assert store.read_layer(manifest, 0).equals(blocks[0])
+    assert store.read_layer(mixed, 0, heads=range(1, 2)).equals(bare)
+    with pytest.raises(IntegrityError, match=f"layer 0: {name}"):
+        store.read_layer(mixed, 0)

@@ -1,0 +1,97 @@
+"""One layer of a stored context in memory: what is attended always, and what is found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rabatch.attention.sets import Found, StaticSet, Zones, stored_bits
+from rabatch.attention.shared import SharedKeys
+from rabatch.config import Recipe
+from rabatch.index.base import KeyIndex
+from rabatch.index.zones import zone_sums
+
+
+@dataclass(frozen=True, eq=False)
+class ContextLayer:
+    """What one layer keeps of a context, keys and values on the model's device.
+
+    Attributes:
+        keys, values: [n_kv_heads, n_rows, head_dim] in the stored dtype.
+        first_position: Position of row 0; greater than 0 only where a native window dropped older tokens.
+        index_start, index_stop: Rows the key index holds; the others are the static set.
+        index: The key index of the KV heads whose `budget` is not 0; None: nothing is retrieved (recipes dense and
+            streaming, sliding layers).
+        budget: int64 [n_kv_heads]: keys retrieved per query head.
+        zones: int32 [n_kv_heads, index_stop - index_start], the zone of each key of the index; None: what is not
+            retrieved is not estimated.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_position: int
+    index_start: int
+    index_stop: int
+    index: KeyIndex | None
+    budget: NDArray[np.int64]
+    zones: NDArray[np.int32] | None = None
+
+    @cached_property
+    def static(self) -> StaticSet:
+        """The static set in one piece and in float32, and the zones: every step of every question reads them."""
+        device, n_rows = self.keys.device, self.keys.shape[1]
+        rows = torch.cat([torch.arange(0, self.index_start), torch.arange(self.index_stop, n_rows)]).to(device)
+        keys, values = (t[:, rows].float() for t in (self.keys, self.values))
+        if self.zones is None or not self.zones.size:
+            return StaticSet(keys, values, rows)
+        stored_keys, stored_values = (stored_bits(t.cpu()) for t in (self.keys, self.values))
+        half = self.keys.dtype == torch.float16
+        made = zone_sums(
+            stored_keys,
+            stored_values,
+            self.zones,
+            half=half,
+            first_row=self.index_start,
+            threads=torch.get_num_threads(),
+        )
+        counts, *sums = (torch.from_numpy(a).float().to(device) for a in made)
+        # A zone without keys stands for nothing: its weight is exp(-inf).
+        means = [s / counts.clamp_min(1)[..., None] for s in sums]
+        zones = Zones(torch.from_numpy(self.zones).to(device), counts, self.index_start)
+        return StaticSet(torch.cat([keys, means[0]], 1), torch.cat([values, means[1]], 1), rows, zones)
+
+    @cached_property
+    def shared(self) -> SharedKeys:
+        """What exact attention on the CPU reads: made when it is first asked for, and it copies the keys."""
+        return SharedKeys.of(self.keys, self.values)
+
+    def prepare(self, recipe: Recipe) -> None:
+        """Make what passes under a recipe will read."""
+        on_cpu = self.keys.device.type == "cpu"
+        if recipe.method != "dense":
+            _ = self.static.panels if on_cpu else self.static
+        if recipe.attends_all and on_cpu and self.keys.shape[1]:
+            _ = self.shared
+
+    def find(self, rows: NDArray[np.float32]) -> Found:
+        """The keys that the index finds, on the CPU, as rows of the layer.
+
+        Args:
+            rows: [n_kv_heads, n_rows, head_dim].
+        """
+        n_kv, n_rows, _ = rows.shape
+        k = 0 if self.index is None else min(int(self.budget.max()), self.index.n_keys)
+        scores = torch.full((n_kv, n_rows, k), -torch.inf)
+        ids = torch.full((n_kv, n_rows, k), -1, dtype=torch.int64)
+        if k and n_rows and self.index is not None:
+            heads = np.flatnonzero(self.budget)
+            found = self.index.search(np.ascontiguousarray(rows[heads]), k=k)
+            past = (np.arange(k) >= self.budget[heads, None, None]) | (found.ids < 0)
+            ids[heads] = torch.from_numpy(np.where(past, -1, found.ids.astype(np.int64) + self.index_start))
+            scores[heads] = torch.from_numpy(np.where(past, np.float32(-np.inf), found.scores))
+        return Found(scores, ids)
