@@ -101,7 +101,9 @@ def output_errors(loaded: LoadedModel, context: OpenContext, tails: list[list[in
     """By recipe and layer, over questions and 6 generated tokens."""
     recipes = {"estimated": Recipe(budget="fixed"), "left out": Recipe(budget="fixed", estimate=False)}
     bare = [dataclasses.replace(layer, zones=None) for layer in context.layers]
-    executor = Executor(context, recipes["estimated"], Generation(loaded, GenerationSettings(), context.token_ids), slots=len(tails))  # fmt: skip
+    executor = Executor(
+        context, recipes["estimated"], Generation(loaded, GenerationSettings(), context.token_ids), slots=len(tails)
+    )
     both = _Errors(context, recipes, len(tails))
     both.others["left out"].layers = bare
     executor.attention = both  # type: ignore[assignment]
@@ -137,7 +139,11 @@ def long_recall(loaded: LoadedModel, context: OpenContext, recipe: Recipe, text:
     for number, token in enumerate(text[8:], start=8):
         executor_step[0] = number
         executor.forward(0, [[token]], question=False)
-    by_head = {(layer, head): float(np.mean([r[head] for r in found])) for layer, found in recalls.items() for head in range(len(found[0]))}  # fmt: skip
+    by_head = {
+        (layer, head): float(np.mean([r[head] for r in found]))
+        for layer, found in recalls.items()
+        for head in range(len(found[0]))
+    }
     return {
         "tokens": len(text),
         "in the overlay": int(attention.overlays.begins[0]),
@@ -225,7 +231,11 @@ def main() -> None:
     for part in (rows, errors, long_answers, targets):
         print(table(part, list(part[0])))
         print()
-    print(json.dumps({"benchmark": "decode_quality", "rows": rows, "errors": errors, "long": long_answers, "targets": targets}))  # fmt: skip
+    print(
+        json.dumps(
+            {"benchmark": "decode_quality", "rows": rows, "errors": errors, "long": long_answers, "targets": targets}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """llama.cpp decoding questions over one prefilled context: the peer of benchmarks/decode.py.
 
-    python benchmarks/llama_cpp.py request.json
+    python benchmarks/llama_peer.py request.json
 
 Run by an interpreter that has `llama-cpp-python`, `gguf` and `numpy`; neither rabatch nor torch is needed. The request
 holds the arguments of `measure` and, in case the GGUF file is yet to be written, the folder `checkpoint` and the type
@@ -12,36 +12,24 @@ report the seconds of a wrong result.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 BATCH = 2048  # tokens that one call takes at most
 Entry = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
 
 
-def bindings() -> Any:
-    """The package `llama_cpp`, which this file's own name hides wherever its folder is on the path."""
-    folder, path = Path(__file__).resolve().parent, sys.path[:]
-    if getattr(sys.modules.get("llama_cpp"), "__file__", None) == __file__:
-        del sys.modules["llama_cpp"]
-    sys.path[:] = [entry for entry in path if Path(entry).resolve() != folder]
-    try:
-        return importlib.import_module("llama_cpp")
-    finally:
-        sys.path[:] = path
-
-
 class Peer:
     """A model and its KV cache. Sequence 0 is the context; question i continues it as sequence i."""
 
     def __init__(self, gguf: Path, *, cells: int, sequences: int, threads: int, flash: bool) -> None:
-        self.llama = llama = bindings()
+        self.llama = llama = llama_cpp
         self.quiet = llama.llama_log_callback(lambda *_: None)  # kept, since the library keeps calling it
         llama.llama_log_set(self.quiet, ctypes.c_void_p())
         llama.llama_backend_init()

@@ -62,8 +62,11 @@ def answer_each(
             yield number, _failed(context, question, recipe, str(error))
     groups = [list(ready)] if ready else []
     most = context.slots(slots) or len(ready)
-    if ready:
-        recipe = chosen(context, recipe, questions=min(most, len(ready)))
+    try:
+        recipe = chosen(context, recipe, questions=min(most, len(ready))) if ready else recipe
+    except StoreError as error:
+        yield from _lost(context, questions, list(ready), recipe, error)
+        return
     while groups:
         group = groups.pop(0)
         executor = Executor(context, recipe, made, slots=min(most, len(group)))
@@ -73,9 +76,8 @@ def answer_each(
             try:
                 answered = next(answers)
             except StoreError as error:
-                _log.warning("the index of %r cannot be read any more: %s", context.manifest.document_id, error)
-                for number in [*group, *(number for others in groups for number in others)]:
-                    yield number, _failed(context, questions[number], recipe, str(error))
+                left = [number for numbers in (group, *groups) for number in numbers]
+                yield from _lost(context, questions, left, recipe, error)
                 return
             except Exception as error:  # noqa: BLE001 - one question must not fail the others, whatever it does
                 if len(group) > 1:
@@ -90,6 +92,15 @@ def answer_each(
             number = number_of[answered.number]
             group.remove(number)
             yield number, _answered(context, questions[number], recipe, made, answered)
+
+
+def _lost(
+    context: OpenContext, questions: Sequence[Row], numbers: list[int], recipe: Recipe, error: StoreError
+) -> Iterator[tuple[int, Row]]:
+    """Rows of the questions that had no answer when the index could no longer be read."""
+    _log.warning("the index of %r cannot be read any more: %s", context.manifest.document_id, error)
+    for number in numbers:
+        yield number, _failed(context, questions[number], recipe, str(error))
 
 
 def _answered(context: OpenContext, question: Row, recipe: Recipe, made: Generation, answered: Answered) -> Row:

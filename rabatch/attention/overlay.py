@@ -71,16 +71,18 @@ class Overlays:
             n_keys: Rows of the layer; keys of a tail are numbered from there on.
         """
         indexes = [self._indexes[slot].get(layer) for slot in range(slots.start, slots.stop)]
-        if not any(indexes):
+        longest = max((index.n_keys for index in indexes if index is not None), default=0)
+        if not longest:
             return found
         n_kv, n_rows, _ = rows.shape
+        width = min(k, longest)
         per_question = n_rows // len(indexes)
-        scores = torch.full((n_kv, n_rows, k), -torch.inf)
-        ids = torch.full((n_kv, n_rows, k), -1, dtype=torch.int64)
+        scores = torch.full((n_kv, n_rows, width), -torch.inf)
+        ids = torch.full((n_kv, n_rows, width), -1, dtype=torch.int64)
         for number, index in enumerate(indexes):
             if index is not None:
                 mine = slice(number * per_question, (number + 1) * per_question)
-                own = index.search(np.ascontiguousarray(rows[:, mine].numpy()), k=k)
+                own = index.search(np.ascontiguousarray(rows[:, mine].numpy()), k=width)
                 scores[:, mine] = torch.from_numpy(own.scores)
                 own_ids = torch.from_numpy(own.ids.astype(np.int64))
                 ids[:, mine] = torch.where(own_ids < 0, -1, own_ids + n_keys)
