@@ -307,7 +307,7 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
                     wanted(
                         f"dense / graph, {count} questions, {length} tokens", row["dense / graph"], AHEAD[length, count]
                     )
-            if args.peer:
+            if args.peer and length <= 32768:
                 for count, of_peer in with_peer(args, folder, model, contexts["dense"], tails, counts, found).items():
                     row = next(r for r in rows if (r["tokens"], r["questions"]) == (length, count))
                     row["llama.cpp ms"] = round(1e3 * of_peer, 1)

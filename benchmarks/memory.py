@@ -3,10 +3,10 @@
     python benchmarks/memory.py [--quick] [--tokens 16384] [--questions 32] [--threads 1] [--store-mb-s 200]
 
 The demo model; the recipe `graph`. First, one document under budgets of some of its layers, with as many questions
-decoded together as asked for and with as many as `OpenContext.slots` takes: seconds, and how often each layer is read.
-Then several documents through one answer actor, from a store that gives `--store-mb-s`, as an object store does over a
-network: each index read when its document's turn has come, and each while the one before is decoded. Nothing is timed
-unless its answers are those of a context that is whole in memory.
+decoded together as asked for and with as many as `OpenContext.slots` takes: seconds, and how many layers are read, from
+a store that gives `--store-mb-s`. Then documents of half the length with an eighth of the questions through one answer
+actor, from a store with a tenth of that, as over a network: each index read when its document's turn has come, and each
+while the one before is decoded. Nothing is timed unless its answers are those of a context that is whole in memory.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def in_turn(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2K tokens, 16 questions")
+    parser.add_argument("--quick", action="store_true", help="2K tokens, 16 questions: too short for the targets")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -175,14 +175,15 @@ def main() -> None:
             )
             documents[f"d{number}"] = store_document(loaded, store, made["text"], args.threads)[0], questions
         budgets = under_budgets(loaded, store, *documents["d0"], args.store_mb_s)
-        ahead = in_turn(store, {name: documents[name] for name in list(documents)[1:]}, args.store_mb_s, args.threads)
+        few = {name: (documents[name][0], documents[name][1][: n_questions // 8]) for name in list(documents)[1:]}
+        ahead = in_turn(store, few, args.store_mb_s / 10, args.threads)
     slower = round(budgets[-1]["seconds"] / budgets[0]["seconds"], 2)
     grown = round(budgets[-2]["seconds"] / budgets[-1]["seconds"], 2)
     gain = round(ahead[0]["seconds"] / ahead[1]["seconds"], 2)
     targets = [
         {"name": "layer by layer / all in memory, seconds", "value": slower, "target": 3.0, "holds": slower <= 3},
         {"name": "layer by layer: as asked / more together", "value": grown, "target": 1.5, "holds": grown >= 1.5},
-        {"name": "documents in turn / next one ahead", "value": gain, "target": 1.0, "holds": gain >= 1},
+        {"name": "documents in turn / next one ahead", "value": gain, "target": 1.2, "holds": gain >= 1.2},
     ]
     print(f"{machine(args.threads)}, demo model, {tokens} tokens, {n_questions} questions, {args.store_mb_s:g} MB/s\n")
     print(table(budgets, list(budgets[0])))

@@ -10,10 +10,11 @@ The machine code is cached beside the source, or, where that is read-only, in th
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -42,25 +43,39 @@ def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
 
 def run_ranges(kernel: Callable[[int, int], Any], n: int, *, threads: int, chunks_per_thread: int = 4) -> None:
     """Call `kernel(start, stop)` over ranges that cover 0 .. n, on `threads` threads; ranges must be independent."""
-    if threads < 1:
-        raise ConfigError("threads", threads, "must be >= 1")
-    if threads == 1 or n <= 1:
-        kernel(0, n)
-        return
-    bounds = np.linspace(0, n, min(threads * chunks_per_thread, n) + 1).astype(int).tolist()
-    # A forked child inherits the pool object but not its threads, hence the process id in the key.
-    list(_pool(threads, os.getpid()).map(kernel, bounds[:-1], bounds[1:]))
+    if threads <= 1 or n <= 1:
+        bounds = [0, n]
+    else:
+        bounds = np.linspace(0, n, min(threads * chunks_per_thread, n) + 1).astype(int).tolist()
+    run_tasks(kernel, list(itertools.pairwise(bounds)), threads=threads)
 
 
 def run_tasks(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, threads: int) -> None:
-    """Call `work(*task)` for every task, begun in their order, on `threads` threads; tasks must be independent."""
+    """Call `work(*task)` for every task, begun in their order, on `threads` threads; tasks must be independent.
+
+    The caller is one of the threads, and waits for none that has not begun: waking one takes longer than the work of
+    a decode step for a single question.
+    """
     if threads < 1:
         raise ConfigError("threads", threads, "must be >= 1")
-    if threads == 1 or len(tasks) <= 1:
-        for task in tasks:
-            work(*task)
-        return
-    list(_pool(threads, os.getpid()).map(lambda task: work(*task), tasks))
+    numbers = itertools.count()  # its next() is atomic
+
+    def drain() -> None:
+        while (number := next(numbers)) < len(tasks):
+            work(*tasks[number])
+
+    helpers: list[Future[None]] = []
+    if threads > 1 and len(tasks) > 1:
+        # A forked child inherits the pool object but not its threads, hence the process id in the key.
+        pool = _pool(threads, os.getpid())
+        helpers = [pool.submit(drain) for _ in range(min(threads, len(tasks)) - 1)]
+    try:
+        drain()
+    finally:
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

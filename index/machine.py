@@ -159,17 +159,19 @@ def _widen(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
     if codes.dtype != types.uint16:
 
         def number(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
+            part = codes[head, first : first + n]  # sums in an index would keep the loop from being vectorised
             for i in range(n):
-                out[i] = codes[head, first + i]
+                out[i] = part[i]
 
         return number
 
     def bits(out, codes, head, first, n, half):  # type: ignore[no-untyped-def]
+        part = codes[head, first : first + n]
         if half:
             for i in range(n):
-                out[i] = _float16(codes[head, first + i])  # type: ignore[call-arg]
+                out[i] = _float16(part[i])  # type: ignore[call-arg]
         else:
             for i in range(n):
-                out[i] = _bfloat16(codes[head, first + i])  # type: ignore[call-arg]
+                out[i] = _bfloat16(part[i])  # type: ignore[call-arg]
 
     return bits

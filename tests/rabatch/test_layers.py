@@ -151,6 +151,35 @@ def test_a_walk_that_is_broken_off_begins_anew() -> None:
     assert source.peak_bytes <= 2 * SIZE + STORED
 
 
+@pytest.mark.parametrize("how", ["another layer is asked for", "the index is closed"])
+def test_what_is_being_read_is_waited_for(how: str) -> None:
+    """Else it would come on top of what is read next, or of what others take then."""
+    source = Source(6)
+    layers = opened(source, LayerPool(2 * SIZE + STORED))
+    source.held[2] = threading.Event()
+    list(zip(range(2), walk(layers, 1), strict=False))
+    assert source.begun[2].wait(LIMIT_S)
+    source.begun[5].clear()
+    done = threading.Event()
+
+    def go_on() -> None:
+        if how == "the index is closed":
+            layers.close()
+        else:
+            assert layers[5] is not None
+        done.set()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    assert not done.wait(0.3)
+    assert not source.begun[5].is_set()
+    source.held[2].set()
+    assert done.wait(LIMIT_S)
+    thread.join()
+    layers.close()
+    assert source.peak_bytes <= 2 * SIZE + STORED
+
+
 def test_an_error_is_raised_where_the_layer_is_asked_for() -> None:
     source = Source(6)
     layers = opened(source, LayerPool(2 * SIZE + STORED))
@@ -226,6 +255,19 @@ def test_ahead_of_its_turn_only_what_is_free_is_taken() -> None:
     assert len(first.alive) == 4  # the rest stays until somebody needs it
     coming.close()
     assert pool.peak_bytes <= 10 * SIZE + STORED
+
+
+def test_of_an_index_larger_than_the_budget_only_what_will_stay_is_fetched() -> None:
+    pool: LayerPool = LayerPool(6 * SIZE + STORED)
+    source = Source(10)
+    pool.learn(source.stored[0], SIZE)
+    coming = Layers(pool, source.stored, source.load)
+    coming.fetch()
+    fetched = source.loads.copy()
+    assert len(fetched) == 4
+    coming.load()
+    assert source.loads == fetched
+    coming.close()
 
 
 def test_beside_an_index_larger_than_the_budget_nothing_is_fetched() -> None:

@@ -155,16 +155,17 @@ def test_every_key_counts_once(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize(("n_zones", "goal"), [(0, 1.0), (6, 1.0), (6, 0.8), (0, 0.8)])
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(
+    ("n_zones", "goal", "begins"), [(0, 1.0, False), (6, 1.0, True), (6, 0.8, False), (0, 0.8, True)]
+)
 @pytest.mark.parametrize(("group", "q_tokens", "k"), SHAPES)
 def test_compiled_is_torch(
     group: int,
     q_tokens: int,
     k: int,
-    begins: bool,
     n_zones: int,
     goal: float,
+    begins: bool,
     softcap: float | None,
     dtype: torch.dtype,
 ) -> None:
