@@ -130,6 +130,7 @@ def in_turn(
         slots=SLOTS,
         memory_bytes=1 << 40,
         sharing=1,
+        sharing_card=1,
     )
 
     def ask(actor: AnswerActor, name: str) -> list[str]:

@@ -119,6 +119,7 @@ def answer(
             slots=resources.questions_per_batch,
             memory_bytes=resources.memory_bytes,
             sharing=math.ceil(pool / connected.machines),
+            sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
         )
         n_questions = sum(len(batch.questions) for batch in open_batches)
         with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:

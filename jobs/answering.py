@@ -50,7 +50,7 @@ class AnswerSettings:
     Attributes:
         slots: Questions of a document decoded at the same time.
         memory_bytes: Of opened indexes that an actor holds. 0: `automatic_budget`.
-        sharing: Actors on one machine.
+        sharing, sharing_card: Actors on one machine, and on one card.
     """
 
     model: ModelConfig
@@ -63,6 +63,7 @@ class AnswerSettings:
     slots: int
     memory_bytes: int
     sharing: int
+    sharing_card: int
 
 
 class AnswerActor:
@@ -80,7 +81,8 @@ class AnswerActor:
         self._turns = Turns()
         try:
             self._loaded = load_model(settings.model)
-            budget = settings.memory_bytes or automatic_budget(self._loaded.config.device, sharing=settings.sharing)
+            shares = {"sharing": settings.sharing, "sharing_card": settings.sharing_card}
+            budget = settings.memory_bytes or automatic_budget(self._loaded.config.device, **shares)
             self._pool: LayerPool[ContextLayer] = LayerPool(budget)
         except Exception as error:  # noqa: BLE001 (raised here it would be Ray's, in fifty lines)
             self._fatal = fatal(error, settings.model)

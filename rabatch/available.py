@@ -12,21 +12,22 @@ _log = logging.getLogger(__name__)
 _LEAST = 1 << 26  # 64 MiB: with less, rabatch would stream what any machine holds
 
 
-def automatic_budget(device: str, *, sharing: int = 1) -> int:
+def automatic_budget(device: str, *, sharing: int = 1, sharing_card: int = 1) -> int:
     """Bytes: half of the memory that is available now, in equal parts.
 
-    The other half is for the tails of questions, for what a part is read into and for whatever else runs there. On
-    CUDA a layer lies partly on the card and partly beside it, so half of the card's free memory counts if that is less.
+    The other half is for the tails of questions, for the tensors of passes and for whatever else runs there. On CUDA a
+    layer lies partly on the card and partly beside it, so half of the card's free memory counts if that is less.
 
     Args:
         device: Of the model.
-        sharing: Processes that take such a part of this machine, or of this card.
+        sharing: Processes that take such a part of this machine.
+        sharing_card: Processes that take such a part of this card.
     """
-    room = available_bytes()
+    room = available_bytes() // max(1, sharing)
     if device.startswith("cuda"):
-        room = min(room, torch.cuda.mem_get_info(device)[0])
-    budget = max(_LEAST, room // 2 // max(1, sharing))
-    _log.info("opened indexes may take %d bytes: half of %d for each of %d", budget, room, sharing)
+        room = min(room, torch.cuda.mem_get_info(device)[0] // max(1, sharing_card))
+    budget = max(_LEAST, room // 2)
+    _log.info("opened indexes may take %d bytes, half of what is free", budget)
     return budget
 
 

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
         mass: [context_tokens], float32: where the attention of its answering tokens went, summed over heads and tokens.
         attended_share: Context keys attended / context keys, mean over tokens, query heads and full-attention layers.
         mass_share: Softmax mass held by the keys attended, mean likewise; of the mass of the others the estimate by
-            zones counts. None: nothing was estimated, so it is not known.
+            zones counts. None: nothing was estimated, so it is not known, or no layer has full attention.
     """
 
     mass: np.ndarray
@@ -112,7 +112,7 @@ class QuestionAttention:
         return Seen(
             self._mass[slot].copy(),
             float(self._attended[slot] / queries / max(self.context_tokens, 1)),
-            float(self._share[slot] / queries) if self._known[slot] else None,
+            float(self._share[slot] / queries) if self._known[slot] and self._queries[slot] else None,
         )
 
     def attend(self, call: AttentionCall) -> Tensor:

@@ -41,6 +41,7 @@ class Watched:
             slots=16,
             memory_bytes=memory_bytes,
             sharing=1,
+            sharing_card=1,
         )
         self.actor = AnswerActor(self.settings)
         self.pool = self.actor._pool

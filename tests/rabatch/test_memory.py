@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rabatch import cli_arguments
-from rabatch.available import available_bytes
+from rabatch.available import automatic_budget, available_bytes
 from rabatch.config import Resources
 from rabatch.errors import ConfigError
 from rabatch.layers import plan
@@ -275,6 +275,18 @@ def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path) -> N
     older = {"memory_DOT_limit_in_bytes": "400000\n", "memory_DOT_usage_in_bytes": "399000\n"}
     files(root / "sys/fs/cgroup/memory", **older)
     assert available_bytes(root) == 1000
+
+
+def test_the_automatic_budget_is_half_of_what_is_free_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rabatch.available.available_bytes", lambda: 64_000_000_000)
+    assert automatic_budget("cpu") == 32_000_000_000
+    assert automatic_budget("cpu", sharing=4, sharing_card=9) == 8_000_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24_000_000_000, 80_000_000_000))
+    assert automatic_budget("cuda:0") == 12_000_000_000
+    assert automatic_budget("cuda:0", sharing=2, sharing_card=2) == 6_000_000_000
+    assert automatic_budget("cuda:0", sharing=8) == 4_000_000_000
+    monkeypatch.setattr("rabatch.available.available_bytes", lambda: 1000)
+    assert automatic_budget("cpu") == 1 << 26
 
 
 def test_available_memory_where_there_is_no_linux(tmp_path: Path) -> None:
