@@ -334,7 +334,8 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
     for part in (rows, documents, targets):
         print(table(part, list(part[0])))
         print()
-    print(json.dumps({"benchmark": "decode", "rows": rows, "documents": documents, "targets": targets}))
+    found = {"benchmark": "decode", "rows": rows, "documents": documents, "targets": targets}
+    print(json.dumps(found).replace("NaN", "null"))
 
 
 def with_peer(
