@@ -1,8 +1,6 @@
-"""Product quantisation with 16 words for every two dimensions: books, codes, and faiss's scan of them."""
+"""Product quantisation with 16 words for every two dimensions: books and codes, made by faiss."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,12 +44,3 @@ def code_errors(
         part = aligned[:, number * DIMS_PER_CODE : (number + 1) * DIMS_PER_CODE]
         errors += np.square(part - book[words[:, number]]).sum(axis=1)
     return errors
-
-
-def opened(codes: NDArray[np.uint8], books: NDArray[np.float32]) -> Any:
-    """faiss's index of these codes and books."""
-    plain = native.IndexPQ(len(books) * DIMS_PER_CODE, len(books), 4, native.METRIC_INNER_PRODUCT)
-    native.copy_array_to_vector(np.ascontiguousarray(books).ravel(), plain.pq.centroids)
-    native.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), plain.codes)
-    plain.ntotal, plain.is_trained = len(codes), True
-    return native.IndexPQFastScan(plain)

@@ -248,7 +248,7 @@ def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -
 def test_padding_queries_count_nothing() -> None:
     """Two questions of different length get the same share as alone."""
     keys = torch.randn(1, 50, 4)
-    layer = ContextLayer(keys, keys, 0, 10, 40, None, np.zeros(1, np.int64))
+    layer = ContextLayer(keys, keys, 0, 10, 40, np.zeros(1, np.int64))
     attention = QuestionAttention([layer], context_tokens=50, slots=2, recipe=Recipe(method="streaming"))
     query, tail = torch.randn(2, 2, 5, 4), torch.randn(2, 1, 5, 4)
     attention.begin(0, [5, 2], question=True)
