@@ -91,10 +91,24 @@ class ScanIndex:
         self._flat: FlatIndex | None = None  # made when a search first has the full budget
         self._approximate = bool((exceptions >= 0).any())
         self._grows = True
-        self._read: list[NDArray[Any]] = []  # what searches read, made when one first does
         self._is_exception = np.zeros((n_heads, n_keys), np.bool_)
         for head, ids in enumerate(exceptions):
             self._is_exception[head, ids[ids >= 0]] = True
+        self._arrange()
+        if not self._approximate or max(self._efforts, default=0) >= n_keys:
+            self._flat = FlatIndex(self.keys.decode())
+
+    def _arrange(self) -> None:
+        """Lay out what searches read."""
+        arrays = (
+            np.stack([blocked(codes) for codes in self.codes]),
+            self.books,
+            self.to_query,
+            self.exceptions,
+            self._is_exception,
+            self.keys.codes,
+        )
+        self._read = [read_only(array) for array in arrays]
 
     @classmethod
     def stored(
@@ -122,7 +136,7 @@ class ScanIndex:
     @property
     def to_query(self) -> NDArray[np.float32]:
         """[n_kv_heads, head_dim, head_dim], float32: what aligns queries."""
-        return np.stack([alignment.to_query for alignment in self.alignments])
+        return np.stack([alignment.to_query for alignment in self.alignments]).astype(np.float32, copy=False)
 
     @property
     def n_heads(self) -> int:
@@ -188,10 +202,6 @@ class ScanIndex:
         if max(efforts, default=0) >= self.n_keys or not self._approximate:
             self._flat = self._flat or FlatIndex(self.keys.decode())
             return self._flat.search(queries, k=k, beta=beta)
-        if not self._read:
-            code_blocks = np.stack([blocked(codes) for codes in self.codes])
-            arrays = (code_blocks, self.books, self.to_query, self.exceptions, self._is_exception, self.keys.codes)
-            self._read = [read_only(array) for array in arrays]
         n_queries = queries.shape[1]
         found = empty_result(self.n_heads, n_queries, k)
         prepared, offset = self.keys.prepare(queries)
@@ -241,7 +251,7 @@ class ScanIndex:
             aligned = even(self.alignments[head].keys(keys[head]))
             codes[head] = coded(aligned, self.books[head])
             exceptions[head] = first + np.flatnonzero(code_errors(aligned, codes[head], self.books[head]) > limit)
-        self.keys, self._flat, self._read = appended, None, []
+        self.keys, self._flat = appended, None
         self.codes = np.concatenate([self.codes, codes], axis=1)
         more = np.full((self.n_heads, max((len(ids) for ids in exceptions), default=0)), -1, np.int32)
         is_exception = np.zeros((self.n_heads, n_new), np.bool_)
@@ -250,6 +260,7 @@ class ScanIndex:
             is_exception[head, ids - first] = True
         self.exceptions = np.concatenate([self.exceptions, more], axis=1)
         self._is_exception = np.concatenate([self._is_exception, is_exception], axis=1)
+        self._arrange()
 
     def to_arrow(self) -> pa.Table:
         """Codes as a column; books, exceptions and alignments beside them."""
