@@ -71,7 +71,7 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return [(row["status"], row["answer"], row["finish_reason"]) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["dense", "graph", "flat", "streaming"])
+@pytest.mark.parametrize("method", ["dense", "graph", "scan", "flat", "streaming"])
 def test_the_budget_changes_no_answer(stored: Stored, method: Any) -> None:
     """All in memory, layer by layer, and in between."""
     recipe = Recipe(method=method, top_k=32)
