@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from rabatch.index.compiled import compiled
 from rabatch.index.topk.lanes import _loop
 
 KEYS_PER_BLOCK = 32
@@ -82,49 +83,89 @@ def _looked_up(context: Any, builder: Any, table: Any, codes: Any) -> Any:
     return found
 
 
-@intrinsic  # type: ignore[misc]
-def add_lookups(typing_context, codes, codes_at, tables, n_bytes, sums, sums_at, maxima, maxima_at):  # type: ignore[no-untyped-def]
-    """sums[32] = over all codes of a key, tables[its number, code]; maxima[32] = the greater of it and of sums.
+def _add_lookups(queries: int) -> Any:
+    """The lookups of a block for so many queries: the codes are loaded, and taken apart, once for all of them."""
+
+    @intrinsic  # type: ignore[misc]
+    def add(typing_context, codes, codes_at, tables, n_bytes, sums, sums_at, sums_step, maxima, maxima_at, maxima_step):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes_, codes_at_, tables_, n_bytes_, sums_, sums_at_, sums_step_, *rest = arguments
+            maxima_, maxima_at_, maxima_step_ = rest
+            table_step = builder.mul(n_bytes_, _I64(64))
+
+            def body(i: Any, totals: list[Any]) -> list[Any]:
+                place = builder.add(codes_at_, builder.mul(i, _I64(32)))
+                pair = builder.load(_at(context, builder, _CODES, codes_, place, _BYTES), align=1)
+                low = builder.and_(pair, _vector(_BYTES, 15))
+                high = builder.lshr(builder.bitcast(pair, _WORDS), _vector(_WORDS, 4))
+                high = builder.and_(builder.bitcast(high, _BYTES), _vector(_BYTES, 15))
+                new = []
+                for query in range(queries):
+                    first = builder.add(builder.mul(i, _I64(64)), builder.mul(table_step, _I64(query)))
+                    found = []
+                    for number, half in enumerate((low, high)):
+                        place = builder.add(first, _I64(32 * number))
+                        table = builder.load(_at(context, builder, _CODES, tables_, place, _BYTES), align=1)
+                        found.append(_looked_up(context, builder, table, half))
+                    both = builder.bitcast(builder.add(*found), _WORDS)
+                    # Words hold two keys: the whole is summed, and the upper key alone; the lower one is what is left.
+                    upper = builder.lshr(both, _vector(_WORDS, 8))
+                    new += [builder.add(totals[2 * query], both), builder.add(totals[2 * query + 1], upper)]
+                return new
+
+            totals = _loop(builder, n_bytes_, [_vector(_WORDS, 0)] * (2 * queries), body)
+            in_order = ir.Constant(ir.VectorType(_I32, 32), [t // 2 + 16 * (t % 2) for t in range(32)])
+            for query in range(queries):
+                whole, upper = totals[2 * query : 2 * query + 2]
+                lower = builder.sub(whole, builder.shl(upper, _vector(_WORDS, 8)))
+                result = builder.shuffle_vector(lower, upper, in_order)
+                place = builder.add(sums_at_, builder.mul(sums_step_, _I64(query)))
+                builder.store(result, _at(context, builder, _NUMBERS, sums_, place, _SUMS), align=2)
+                place = builder.add(maxima_at_, builder.mul(maxima_step_, _I64(query)))
+                pointer = _at(context, builder, _NUMBERS, maxima_, place, _SUMS)
+                before = builder.load(pointer, align=2)
+                greater = builder.icmp_signed(">", result, before)
+                builder.store(builder.select(greater, result, before), pointer, align=2)
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(_CODES, i, _CODES, i, _NUMBERS, i, i, _NUMBERS, i, i), generate
+
+    return add
+
+
+_add_1, _add_2, _add_3, _add_4 = (_add_lookups(queries) for queries in (1, 2, 3, 4))
+MAX_QUERIES = 4
+"""Whose sums, two registers each, are made at once."""
+
+
+@compiled
+def sum_lookups(codes, tables, n_bytes, n_keys, per_group, sums, maxima):  # type: ignore[no-untyped-def]
+    """Per query, sums[key] = over all codes of a key, tables[its number, code]; and the greatest of each group of keys.
 
     Args:
-        codes: uint8, `blocked`; the block begins at `codes_at`.
-        tables: uint8, flat: of each code 16 numbers up to MAX_LEVEL, written twice; of 2 * `n_bytes` codes.
+        codes: uint8, `blocked`, of one KV head.
+        tables: uint8 [queries, ...]: of each code 16 numbers up to MAX_LEVEL, written twice; of 2 * `n_bytes` codes.
         n_bytes: Of a key. A sum must stay below 2^15.
-        sums, maxima: int16, flat.
+        per_group: The keys that stand in the same place of so many blocks are a group. Keys of a block that is not
+            full are in none.
+        sums: int16 [queries, blocks * 32], written; at most MAX_QUERIES of them.
+        maxima: int16 [queries, groups + 32], raised; the last 32 mean nothing.
     """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes_, codes_at_, tables_, n_bytes_, sums_, sums_at_, maxima_, maxima_at_ = arguments
-        zero = _vector(_WORDS, 0)
-
-        def body(i: Any, totals: list[Any]) -> list[Any]:
-            place = builder.add(codes_at_, builder.mul(i, _I64(32)))
-            pair = builder.load(_at(context, builder, _CODES, codes_, place, _BYTES), align=1)
-            low = builder.and_(pair, _vector(_BYTES, 15))
-            high = builder.lshr(builder.bitcast(pair, _WORDS), _vector(_WORDS, 4))
-            high = builder.and_(builder.bitcast(high, _BYTES), _vector(_BYTES, 15))
-            found = []
-            for number, half in enumerate((low, high)):
-                place = builder.add(builder.mul(i, _I64(64)), _I64(32 * number))
-                table = builder.load(_at(context, builder, _CODES, tables_, place, _BYTES), align=1)
-                found.append(_looked_up(context, builder, table, half))
-            both = builder.bitcast(builder.add(*found), _WORDS)
-            # Words hold two keys: the whole is summed, and the upper key alone; the lower one is what is left.
-            upper = builder.lshr(both, _vector(_WORDS, 8))
-            return [builder.add(totals[0], both), builder.add(totals[1], upper)]
-
-        whole, upper = _loop(builder, n_bytes_, [zero, zero], body)
-        lower = builder.sub(whole, builder.shl(upper, _vector(_WORDS, 8)))
-        in_order = [t // 2 + 16 * (t % 2) for t in range(32)]
-        result = builder.shuffle_vector(lower, upper, ir.Constant(ir.VectorType(_I32, 32), in_order))
-        builder.store(result, _at(context, builder, _NUMBERS, sums_, sums_at_, _SUMS), align=2)
-        place = _at(context, builder, _NUMBERS, maxima_, maxima_at_, _SUMS)
-        before = builder.load(place, align=2)
-        builder.store(builder.select(builder.icmp_signed(">", result, before), result, before), place, align=2)
-        return context.get_dummy_value()
-
-    i = types.intp
-    return types.void(_CODES, i, _CODES, i, _NUMBERS, i, _NUMBERS, i), generate
+    of_tables, of_sums, of_maxima = tables.reshape(-1), sums.reshape(-1), maxima.reshape(-1)
+    n, step, maxima_step = len(tables), sums.shape[1], maxima.shape[1]
+    for block in range(step // KEYS_PER_BLOCK):
+        at = block * KEYS_PER_BLOCK
+        place = block // per_group * KEYS_PER_BLOCK if at + KEYS_PER_BLOCK <= n_keys else maxima_step - KEYS_PER_BLOCK
+        arguments = (of_tables, n_bytes, of_sums, at, step, of_maxima, place, maxima_step)
+        if n == 1:
+            _add_1(codes, at * n_bytes, *arguments)
+        elif n == 2:
+            _add_2(codes, at * n_bytes, *arguments)
+        elif n == 3:
+            _add_3(codes, at * n_bytes, *arguments)
+        else:
+            _add_4(codes, at * n_bytes, *arguments)
 
 
 @intrinsic  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rabatch.index.compiled import compiled
-from rabatch.index.lookup import KEYS_PER_BLOCK, MAX_LEVEL, above_sums, add_lookups
+from rabatch.index.lookup import KEYS_PER_BLOCK, MAX_LEVEL, MAX_QUERIES, above_sums, sum_lookups
 from rabatch.index.machine import dot, prefetch
 from rabatch.index.topk.best import cut, key_of, packed, score_of, settle
 from rabatch.index.topk.lanes import lowest_bit
@@ -95,58 +95,57 @@ def scan_range(  # type: ignore[no-untyped-def]
     n_codes, n_exceptions = books.shape[1], exceptions.shape[1]
     n_bytes = (n_codes + 1) // 2
     n_blocks = (n_keys + KEYS_PER_BLOCK - 1) // KEYS_PER_BLOCK
-    whole = n_keys // KEYS_PER_BLOCK
     aligned = np.zeros(2 * n_codes, np.float32)
-    tables = np.empty(64 * n_bytes, np.uint8)
-    sums = np.empty(n_blocks * KEYS_PER_BLOCK, np.int16)
-    for item in range(start, stop):
+    tables = np.empty((MAX_QUERIES, 64 * n_bytes), np.uint8)
+    sums = np.empty((MAX_QUERIES, n_blocks * KEYS_PER_BLOCK), np.int16)
+    item = start
+    while item < stop:
         head, row = item // n_queries, item % n_queries
-        query, effort = queries[head, row], efforts[head]
-        for t in range(dim):
-            total = np.float32(0)
-            for u in range(dim):
-                total += to_query[head, t, u] * query[u]
-            aligned[t] = total
-        fill_tables(aligned, books[head], tables)
+        effort, n = efforts[head], min(MAX_QUERIES, stop - item, n_queries - row)
+        for i in range(n):
+            for t in range(dim):
+                total = np.float32(0)
+                for u in range(dim):
+                    total += to_query[head, t, u] * queries[head, row + i, u]
+                aligned[t] = total
+            fill_tables(aligned, books[head], tables[i])
         wanted = effort + n_exceptions
         per_group = max(n_keys // (_MAXIMA * wanted), 1)  # blocks whose keys in the same place make a group
-        maxima = np.full(((n_blocks + per_group - 1) // per_group + 1) * KEYS_PER_BLOCK, -1, np.int16)
-        for block in range(n_blocks):
-            # The last block may hold places without a key: the greatest of it are written aside.
-            group = block // per_group if block < whole else (n_blocks + per_group - 1) // per_group
-            add_lookups(  # type: ignore[call-arg]
-                codes[head],
-                block * KEYS_PER_BLOCK * n_bytes,
-                tables,
-                n_bytes,
-                sums,
-                block * KEYS_PER_BLOCK,
-                maxima,
-                group * KEYS_PER_BLOCK,
-            )
-        bar = greatest_bar(maxima[: len(maxima) - KEYS_PER_BLOCK], wanted)
-        pairs = np.empty(3 * effort + KEYS_PER_BLOCK + n_exceptions, np.uint64)
-        kept = 0
-        for first in range(0, n_blocks * KEYS_PER_BLOCK, KEYS_PER_BLOCK):
-            bits = above_sums(sums, first, np.int16(bar))  # type: ignore[call-arg, var-annotated]
-            while bits:
-                key = first + lowest_bit(bits)  # type: ignore[call-arg]
-                bits &= bits - 1
-                if key < n_keys and not excluded[head, key]:
-                    pairs[kept] = packed(np.float32(sums[key]), key)  # type: ignore[call-arg]
+        n_maxima = (n_blocks + per_group - 1) // per_group * KEYS_PER_BLOCK
+        maxima = np.full((n, n_maxima + KEYS_PER_BLOCK), -1, np.int16)
+        sum_lookups(codes[head], tables[:n], n_bytes, n_keys, per_group, sums[:n], maxima)
+        for i in range(n):
+            bar = greatest_bar(maxima[i, :n_maxima], wanted)
+            pairs, kept = _best_sums(sums[i], bar, effort, n_keys, excluded[head], n_exceptions)
+            for j in range(n_exceptions):
+                if exceptions[head, j] >= 0:
+                    pairs[kept] = packed(np.float32(0), np.int64(exceptions[head, j]))  # type: ignore[call-arg]
                     kept += 1
-            if kept > 3 * effort:
-                bar = int(score_of(cut(pairs, kept, effort)))  # type: ignore[call-arg]
-                kept = effort
-        if kept > effort:
-            cut(pairs, kept, effort)
-            kept = effort
-        for j in range(n_exceptions):
-            if exceptions[head, j] >= 0:
-                pairs[kept] = packed(np.float32(0), np.int64(exceptions[head, j]))  # type: ignore[call-arg]
+            _score(keys, head, prepared[head, row + i], half, pairs, kept)
+            settle(pairs, kept, k, scores[head, row + i], ids[head, row + i])
+        item += n
+
+
+@compiled
+def _best_sums(sums, bar, effort, n_keys, excluded, room):  # type: ignore[no-untyped-def]
+    """The `effort` keys with the greatest sums above `bar`, `packed`, in a list with room for more; their number."""
+    pairs = np.empty(3 * effort + KEYS_PER_BLOCK + room, np.uint64)
+    kept = 0
+    for first in range(0, len(sums), KEYS_PER_BLOCK):
+        bits = above_sums(sums, first, np.int16(bar))  # type: ignore[call-arg, var-annotated]
+        while bits:
+            key = first + lowest_bit(bits)  # type: ignore[call-arg]
+            bits &= bits - 1
+            if key < n_keys and not excluded[key]:
+                pairs[kept] = packed(np.float32(sums[key]), key)  # type: ignore[call-arg]
                 kept += 1
-        _score(keys, head, prepared[head, row], half, pairs, kept)
-        settle(pairs, kept, k, scores[head, row], ids[head, row])
+        if kept > 3 * effort:
+            bar = int(score_of(cut(pairs, kept, effort)))  # type: ignore[call-arg]
+            kept = effort
+    if kept > effort:
+        cut(pairs, kept, effort)
+        kept = effort
+    return pairs, kept
 
 
 @compiled

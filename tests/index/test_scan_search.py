@@ -23,9 +23,8 @@ def kernel(function):
 
 
 @kernel
-def all_sums(codes, tables, n_bytes, sums, maxima):
-    for block in range(len(sums) // 32):
-        lookup.add_lookups(codes, block * 32 * n_bytes, tables, n_bytes, sums, block * 32, maxima, 0)
+def all_sums(codes, tables, n_bytes, n_keys, per_group, sums, maxima):
+    lookup.sum_lookups(codes, tables, n_bytes, n_keys, per_group, sums, maxima)
 
 
 @kernel
@@ -39,21 +38,30 @@ def twice(tables):
     return np.repeat(even[:, None], 2, axis=1).reshape(-1).copy()
 
 
+@pytest.mark.parametrize("n_queries", [1, 2, 3, 4])
 @pytest.mark.parametrize("n_codes", [1, 2, 7, 32, 64, 129])
-@pytest.mark.parametrize("n_keys", [1, 31, 32, 33, 100])
-def test_lookups_are_added(n_codes, n_keys):
+@pytest.mark.parametrize(("n_keys", "per_group"), [(1, 1), (31, 2), (64, 1), (100, 2), (300, 4)])
+def test_lookups_are_added(n_codes, n_keys, per_group, n_queries):
     rng = np.random.default_rng(n_codes * n_keys)
     n_bytes = -(-n_codes // 2)
     codes = rng.integers(0, 256, (n_keys, n_bytes), np.uint8)
-    tables = rng.integers(0, lookup.MAX_LEVEL + 1, (n_codes, 16), np.uint8)
-    tables[:, 3] = lookup.MAX_LEVEL
+    tables = rng.integers(0, lookup.MAX_LEVEL + 1, (n_queries, n_codes, 16), np.uint8)
+    tables[:, :, 3] = lookup.MAX_LEVEL
     codes[0] = 0x33  # the greatest sum there can be
-    sums = np.full(-(-n_keys // 32) * 32, -9, np.int16)
-    maxima = np.full(32, 500, np.int16)
-    all_sums(lookup.blocked(codes), twice(tables), n_bytes, sums, maxima)
-    np.testing.assert_array_equal(sums[:n_keys], sums_of(tables, codes))
-    assert sums[0] == n_codes * lookup.MAX_LEVEL
-    np.testing.assert_array_equal(maxima, np.maximum(sums.reshape(-1, 32).max(axis=0), 500))
+    blocks, whole = -(-n_keys // 32), n_keys // 32
+    sums = np.full((n_queries, blocks * 32), -9, np.int16)
+    maxima = np.full((n_queries, -(-blocks // per_group) * 32 + 32), 60, np.int16)
+    pairs = np.stack([twice(of_query) for of_query in tables])
+    all_sums(lookup.blocked(codes), pairs, n_bytes, n_keys, per_group, sums, maxima)
+    for of_query, found, most in zip(tables, sums, maxima, strict=True):
+        np.testing.assert_array_equal(found[:n_keys], sums_of(of_query, codes))
+        assert found[0] == n_codes * lookup.MAX_LEVEL
+        for group in range(len(most) // 32 - 1):
+            members = found[group * per_group * 32 : min(group + 1, whole) * per_group * 32][
+                : (whole - group * per_group) * 32
+            ]
+            expected = members.reshape(-1, 32).max(axis=0, initial=60)
+            np.testing.assert_array_equal(most[group * 32 : group * 32 + 32], expected)
 
 
 def test_bits_of_what_is_above():
