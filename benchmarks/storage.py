@@ -4,7 +4,9 @@
 
 What was read is compared with what was written before anything is timed. Reads come from the page cache, so the
 figures are those of the code, not of a disk or network; writes are flushed to the disk. GB = 10^9 bytes of keys, values
-and graph. Throughputs of a target are of its first case, what a build stores by default.
+and graph. `gb_s` is by the clock. `gb_cpu_s` is by the seconds that all threads of the process were on a core: what a
+target per core is about, whatever else the machine does; waiting for the disk is not in it. Targets are of the first
+case, what a build stores by default.
 """
 
 from __future__ import annotations
@@ -85,15 +87,16 @@ def commit(store: IndexStore, block: LayerBlock, document: str = DOCUMENT) -> Ma
     )
 
 
-def best_s(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of several calls, after one that does not count."""
+def best_s(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds of the fastest of several calls, after one that does not count: by the clock, and of the cores."""
     call()
-    times = []
+    clock, core = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, on_core = time.perf_counter(), time.process_time()
         call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        clock.append(time.perf_counter() - start)
+        core.append(time.process_time() - on_core)
+    return min(clock), min(core)
 
 
 def measure(url: str, name: str, block: LayerBlock, repeats: int) -> dict[str, Any]:
@@ -103,6 +106,8 @@ def measure(url: str, name: str, block: LayerBlock, repeats: int) -> dict[str, A
     remote_manifest = commit(remote, block)
     if not remote.read_layer(remote_manifest, 0, check="once").equals(block):
         sys.exit(f"{name}: what the cache gave is not what was written; nothing was timed")
+    for stored in remote_manifest.parts:  # only the cache has them now, and memory has room
+        remote.folder.delete(stored.path)
     for check in (True, False, "once"):
         if not store.read_layer(manifest, 0, check=check).equals(block):
             sys.exit(f"{name}: what was read is not what was written; nothing was timed")
@@ -122,25 +127,30 @@ def measure(url: str, name: str, block: LayerBlock, repeats: int) -> dict[str, A
         store.folder.write(path, memoryview(encode_layer(block, **named)))
         store.folder.delete(path)
 
-    gb = raw / 1e9
-    one = range(0, 1)
+    one, gb = range(0, 1), raw / 1e9
+    calls: dict[str, Callable[[], Any]] = {
+        "encode": lambda: encode_layer(block, **named),
+        "write_without_digest": put_without_digest,
+        "write": put,
+        "decode": lambda: decode_layer(data, name="part"),
+        "sha256": lambda: hashlib.sha256(data).digest(),
+        "read_checked": lambda: store.read_layer(manifest, 0),
+        "read_once_checked": lambda: store.read_layer(manifest, 0, check="once"),
+        "read_cached": lambda: remote.read_layer(remote_manifest, 0, check="once"),
+        "read_unchecked": lambda: store.read_layer(manifest, 0, check=False),
+    }
+    rates = {}
+    for what, call in calls.items():
+        clock_s, core_s = best_s(call, repeats)
+        rates |= {f"{what}_gb_s": round(gb / clock_s, 2), f"{what}_gb_cpu_s": round(gb / core_s, 2)}
+    one_s, _ = best_s(lambda: store.read_layer(manifest, 0, heads=one, check=False), repeats)
     return {
         "case": name,
         "raw_mb": round(raw / 1e6, 1),
         "bytes_per_token_and_head": round(part.bytes / block.rows / block.n_heads, 1),
         "overhead_percent": round(100 * (part.bytes / raw - 1), 2),
-        "encode_gb_s": round(gb / best_s(lambda: encode_layer(block, **named), repeats), 2),
-        "write_without_digest_gb_s": round(gb / best_s(put_without_digest, repeats), 2),
-        "write_gb_s": round(gb / best_s(put, repeats), 2),
-        "decode_gb_s": round(gb / best_s(lambda: decode_layer(data, name="part"), repeats), 2),
-        "sha256_gb_s": round(len(data) / 1e9 / best_s(lambda: hashlib.sha256(data).digest(), repeats), 2),
-        "read_checked_gb_s": round(gb / best_s(lambda: store.read_layer(manifest, 0), repeats), 2),
-        "read_once_checked_gb_s": round(gb / best_s(lambda: store.read_layer(manifest, 0, check="once"), repeats), 2),
-        "read_cached_gb_s": round(gb / best_s(lambda: remote.read_layer(remote_manifest, 0, check="once"), repeats), 2),
-        "read_unchecked_gb_s": round(gb / best_s(lambda: store.read_layer(manifest, 0, check=False), repeats), 2),
-        "one_head_unchecked_ms": round(
-            1e3 * best_s(lambda: store.read_layer(manifest, 0, heads=one, check=False), repeats), 2
-        ),
+        **rates,
+        "one_head_unchecked_ms": round(1e3 * one_s, 2),
     }
 
 
@@ -221,10 +231,10 @@ def main() -> None:
                 print(f"    {row['case']:<{width}}  {row[key]:>8}")
     print(f"  damage: {harm}")
     wanted = [
-        ("opening, digest known, GB/s per core", rows[0]["read_once_checked_gb_s"], 1.5),
-        ("opening for the first time, digest taken, GB/s per core", rows[0]["read_checked_gb_s"], 1.5),
-        ("writing without checksum, GB/s per core", rows[0]["write_without_digest_gb_s"], 0.5),
-        ("writing with checksum, GB/s per core", rows[0]["write_gb_s"], 0.35),
+        ("opening, digest known, GB/s per core", rows[0]["read_once_checked_gb_cpu_s"], 1.5),
+        ("opening for the first time, digest taken, GB/s per core", rows[0]["read_checked_gb_cpu_s"], 1.5),
+        ("writing without checksum, GB/s per core", rows[0]["write_without_digest_gb_cpu_s"], 0.5),
+        ("writing with checksum, GB/s per core", rows[0]["write_gb_cpu_s"], 0.35),
         ("of 200 random corruptions, refused by name", harm["refused_by_name"], 200),
         ("of 200 random corruptions, not served", 200 - harm["served"], 200),
     ]
