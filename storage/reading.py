@@ -49,16 +49,17 @@ class PartReader:
         if self._folder.is_local:
             return self._read_local(part, check, decode)
         if self._cache is not None and check == "once":
-            source = self._cache.get(part.sha256, part.bytes, lambda each: self._download(part, True, each))
+            source = self._cache.get(part.sha256, part.bytes, lambda each: self._download(part, each))
             return self._decode_entry(self._cache, part, source, decode)
         if check:
-            return decode(self._download(part, True))
+            return decode(self._download(part))
         if self._cache is not None and (entry := self._cache.open(part.sha256, part.bytes)) is not None:
             return self._decode_entry(self._cache, part, entry, decode)
         self._check_size(part)
         file = RangedFile(self._folder, part.path, part.bytes)
-        file.fetch_groups(groups)
-        return self._decode(part, file, decode)
+        with self._named(part):
+            file.fetch_groups(groups)
+            return self._decode(part, file, decode)
 
     def _read_local(self, part: Part, check: Check, decode: Callable[[Any], T]) -> T:
         with self._named(part):
@@ -90,7 +91,7 @@ class PartReader:
             made = _unless_changed(
                 lambda: self._decode(part, source, decode), lambda: cache.holds(part.sha256, part.bytes, source)
             )
-        return decode(self._download(part, True)) if made is None else made[0]
+        return decode(self._download(part)) if made is None else made[0]
 
     def _decode(self, part: Part, file: Any, decode: Callable[[Any], T]) -> T:
         """A file that could not be read is not damaged."""
@@ -102,19 +103,19 @@ class PartReader:
                 raise store_error(cause, f"{self._folder.url}/{part.path}") from error
             raise
 
-    def _download(self, part: Part, check: bool, each: Each = lambda piece: None) -> NDArray[np.uint8]:
-        """All bytes of a part. `each` is given them as they come."""
+    def _download(self, part: Part, each: Each = lambda piece: None) -> NDArray[np.uint8]:
+        """All bytes of a part, which are right. `each` is given them as they come."""
         self._check_size(part)  # before memory is taken for it
         data, digest, at = np.empty(part.bytes, np.uint8), hashlib.sha256(), 0
         view = data.data
-        for piece in self._folder.pieces(part.path, 0, part.bytes):
-            view[at : at + len(piece)] = piece
-            digest.update(piece)
-            each(view[at : at + len(piece)])
-            at += len(piece)
+        with self._named(part):
+            for piece in self._folder.pieces(part.path, 0, part.bytes):
+                view[at : at + len(piece)] = piece
+                digest.update(piece)
+                each(view[at : at + len(piece)])
+                at += len(piece)
         _same_size(part, at)
-        if check:
-            _same_digest(part, digest.hexdigest())
+        _same_digest(part, digest.hexdigest())
         return data
 
     def _check_size(self, part: Part) -> None:

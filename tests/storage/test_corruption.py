@@ -20,6 +20,7 @@ from storage_samples import make_block, make_tokens, prepare
 from rabatch.errors import DocumentError, IntegrityError, StoreError
 from rabatch.storage import rules
 from rabatch.storage.blocks import TokensBlock
+from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.parts import decode_layer, decode_tokens, encode_layer, encode_tokens
 from rabatch.storage.store import IndexStore
@@ -229,8 +230,7 @@ def test_manifests_of_any_size_are_not_read(
     store = IndexStore(url, create=True, storage_options=options)
     manifest = store.commit(prepare(store)[0])
     text = store.folder.read(manifest.path)
-    for module in ("rabatch.storage.store", "rabatch.storage.rules"):
-        monkeypatch.setattr(f"{module}.MAX_MANIFEST_BYTES", len(text))
+    monkeypatch.setattr("rabatch.storage.store.MAX_MANIFEST_BYTES", len(text))
     assert list(store.manifests()) == [manifest]
     for wrong in (text + b" ", text * 50, b""):
         store.folder.write(manifest.path, wrong)
@@ -238,12 +238,35 @@ def test_manifests_of_any_size_are_not_read(
             list(store.manifests())
 
 
-def test_a_manifest_that_nobody_would_read_is_not_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [True, False, "once"])
+def test_a_part_that_goes_while_it_is_read_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Any
+) -> None:
+    """Elsewhere than on a disk it is asked for several times."""
+    store = IndexStore(f"memory://{tmp_path.name}", create=True, cache=tmp_path)
+    manifest = store.commit(prepare(store)[0])
+    part = next(part for part in manifest.parts if part.layer == 0)
+    size = Folder.size
+
+    def sizing(self: Folder, path: str) -> int:
+        found = size(self, path)
+        self.delete(path)
+        return found
+
+    monkeypatch.setattr(Folder, "size", sizing)
+    with pytest.raises(IntegrityError, match=f"{part.path} = None: is missing"):
+        store.read_layer(manifest, 0, check=check)
+    assert list(tmp_path.glob("*-*")) == []
+
+
+def test_a_manifest_that_nobody_would_read_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = IndexStore(tmp_path, create=True)
     manifest, _ = prepare(store)
+    monkeypatch.setattr("rabatch.storage.store.MAX_MANIFEST_BYTES", 5000)
     with pytest.raises(DocumentError, match=r"metadata.*leave columns"):
-        store.commit(dataclasses.replace(manifest, metadata={"body": "x" * rules.MAX_MANIFEST_BYTES}))
+        store.commit(dataclasses.replace(manifest, metadata={"body": "x" * 5000}))
     assert list(store.manifests()) == []
+    assert store.commit(manifest) == manifest
 
 
 def test_part_paths_of_unchecked_manifests_stay_inside(tmp_path: Path) -> None:

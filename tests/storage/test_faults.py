@@ -103,6 +103,7 @@ def test_trouble_that_stays_is_one_line(proxy: Proxy, options: dict[str, Any], u
 
 @pytest.mark.parametrize("fault", ["InvalidAccessKeyId", "SignatureDoesNotMatch"])
 def test_wrong_credentials_are_one_line_at_once(proxy: Proxy, options: dict[str, Any], url: str, fault: Fault) -> None:
+    options = {**options, "secret": "sesame-open"}
     folder = Folder(url, **options)
     proxy.fault = times(10**6, fault)
     for call in (
@@ -118,7 +119,7 @@ def test_wrong_credentials_are_one_line_at_once(proxy: Proxy, options: dict[str,
             call()
         assert "\n" not in str(caught.value)
         assert url in str(caught.value)
-        assert options["secret"] not in str(caught.value).replace(url, "")
+        assert "sesame" not in str(caught.value)
         assert len(proxy.requests) == 1
 
 
@@ -212,10 +213,14 @@ def test_a_dropped_piece_is_read_again_and_the_others_are_not(
     assert (len(spans), len(set(spans))) == (pieces + 1, pieces)
 
 
-LARGE = 101 * 2**20  # s3fs sends what is larger than 100 MiB in several requests
+LARGE = 11 * 2**20
+SMALL_PIECES = (5 * 2**20, None, "overwrite")  # s3fs sends 50 MiB at once, of what has more than 100; S3 takes 5
 
 
-def test_large_parts_are_written_in_several_requests(proxy: Proxy, options: dict[str, Any], url: str) -> None:
+def test_large_parts_are_written_in_several_requests(
+    proxy: Proxy, options: dict[str, Any], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3fs.S3FileSystem._pipe_file, "__defaults__", SMALL_PIECES)
     folder, data = Folder(url, **options), np.random.default_rng(0).bytes(LARGE)
     proxy.fault = times(1, "SlowDown", "PUT", "partNumber=2")  # of three; it is all sent anew
     folder.write("parts/large.bin", memoryview(data))
@@ -227,8 +232,10 @@ def test_large_parts_are_written_in_several_requests(proxy: Proxy, options: dict
 
 _WRITER = """
 import json, sys
+import s3fs
 from rabatch.storage.filesystem import Folder
-Folder(sys.argv[1], **json.loads(sys.argv[2])).write("parts/large.bin", bytes(101 * 2**20))
+s3fs.S3FileSystem._pipe_file.__defaults__ = (5 * 2**20, None, "overwrite")
+Folder(sys.argv[1], **json.loads(sys.argv[2])).write("parts/large.bin", bytes(11 * 2**20))
 """
 
 
