@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from storage_samples import prepare
 
+from rabatch import cli_arguments
 from rabatch.config import Resources
 from rabatch.errors import ConfigError, IntegrityError, StoreError
 from rabatch.storage import claims
@@ -411,6 +412,17 @@ def test_the_bound_must_be_a_number_of_bytes(tmp_path: Path, nbytes: Any) -> Non
         Resources(cache_bytes=nbytes)
     with pytest.raises(ConfigError, match="cache_bytes"):
         IndexStore(f"memory://{tmp_path.name}", create=True, cache=tmp_path, cache_bytes=nbytes)
+
+
+def test_the_command_line_sets_both() -> None:
+    for arguments, expected in (
+        ([], (None, None)),
+        (["--cache-dir", "/mnt/nvme", "--cache-bytes", "0"], ("/mnt/nvme", 0)),
+    ):
+        parser = cli_arguments.Parser()
+        cli_arguments.add_answer(parser)
+        settings = cli_arguments.answer_settings(parser.parse_args(["q.jsonl", "--store", "s", *arguments]))
+        assert (settings["resources"].cache_dir, settings["resources"].cache_bytes) == expected
 
 
 def test_the_defaults_are_of_the_user_and_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
