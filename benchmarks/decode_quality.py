@@ -40,6 +40,7 @@ from rabatch.storage.store import IndexStore
 RECIPES = {
     "dense": Recipe(method="dense"),
     "graph": Recipe(method="graph"),
+    "scan": Recipe(method="scan"),
     "graph, fixed budget, no estimate": Recipe(method="graph", budget="fixed", estimate=False),
     "graph, mass 0.9": Recipe(method="graph", budget="mass", mass=0.9),
     "graph, pyramid": Recipe(method="graph", budget="pyramid"),
@@ -214,11 +215,11 @@ def main() -> None:
                 "answered by": ", ".join(sorted({row["recipe"] for row in of_recipe})),
             }
             rows.append(row)
-            if name in ("graph", "auto"):
+            if name in ("graph", "scan", "auto"):
                 value = round(100 * (float(dense) - accuracy), 2)
                 what = f"dense - {name}, points, {length} tokens"
                 targets.append({"name": what, "value": value, "target": 0.5, "holds": value <= 0.5})
-            if name in ("graph", "dense"):
+            if name in ("graph", "scan", "dense"):
                 what = f"evidence of {name}, %, {length} tokens"
                 targets.append(
                     {"name": what, "value": row["evidence %"], "target": 90.0, "holds": row["evidence %"] >= 90}

@@ -1,8 +1,6 @@
-"""Product quantisation with 16 words for every two dimensions: books, codes, and faiss's scan of them."""
+"""Product quantisation with 16 words for every two dimensions: books and codes, made by faiss."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +8,10 @@ from numpy.typing import NDArray
 from rabatch.index.native import native
 
 DIMS_PER_CODE = 2
-_TRAINING_KEYS = 16384
+# Of 32K keys of 64 dimensions, one core: 2,048 keys and 10 iterations leave 4 % more error than 4,096 and 25, in a
+# quarter of the time (0.11 s).
+_TRAINING_KEYS = 2048
+_ITERATIONS = 10
 
 
 def even(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -22,7 +23,7 @@ def trained(aligned: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     """Books [n_codes, 16, 2] of k-means words, from an even sample of the keys."""
     dim = aligned.shape[1]
     quantiser = native.ProductQuantizer(dim, dim // DIMS_PER_CODE, 4)
-    quantiser.cp.seed = seed + 1
+    quantiser.cp.seed, quantiser.cp.niter = seed + 1, _ITERATIONS
     sample = aligned[:: max(len(aligned) // _TRAINING_KEYS, 1)]
     quantiser.train(np.ascontiguousarray(sample))
     return native.vector_to_array(quantiser.centroids).reshape(-1, 16, DIMS_PER_CODE)
@@ -46,12 +47,3 @@ def code_errors(
         part = aligned[:, number * DIMS_PER_CODE : (number + 1) * DIMS_PER_CODE]
         errors += np.square(part - book[words[:, number]]).sum(axis=1)
     return errors
-
-
-def opened(codes: NDArray[np.uint8], books: NDArray[np.float32]) -> Any:
-    """faiss's index of these codes and books."""
-    plain = native.IndexPQ(len(books) * DIMS_PER_CODE, len(books), 4, native.METRIC_INNER_PRODUCT)
-    native.copy_array_to_vector(np.ascontiguousarray(books).ravel(), plain.pq.centroids)
-    native.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), plain.codes)
-    plain.ntotal, plain.is_trained = len(codes), True
-    return native.IndexPQFastScan(plain)

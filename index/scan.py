@@ -35,15 +35,15 @@ from rabatch.index.base import (
     empty_result,
 )
 from rabatch.index.codes import Dtype, KeyCodes, encode
-from rabatch.index.compiled import run_ranges
+from rabatch.index.compiled import read_only, run_ranges
 from rabatch.index.flat import FlatIndex
+from rabatch.index.lookup import blocked
 from rabatch.index.native import one_faiss_thread
-from rabatch.index.product import DIMS_PER_CODE, code_errors, coded, even, opened, trained
-from rabatch.index.rerank import rerank
+from rabatch.index.product import DIMS_PER_CODE, code_errors, coded, even, trained
+from rabatch.index.scan_search import scan_range
 
 EXCEPTIONS = 128
 MIN_KEYS = 1024  # below, a scan is no sooner done than exact scores, and 16 words of a code book are learnt from little
-_QUERIES_PER_BLOCK = 32
 
 
 class ScanIndex:
@@ -89,10 +89,54 @@ class ScanIndex:
         if len(self._efforts) != n_heads or min(self._efforts, default=0) < 0:
             raise ConfigError("efforts", efforts, f"must be {n_heads} numbers >= 0")
         self._flat: FlatIndex | None = None  # made when a search first has the full budget
-        self._native = [opened(*pair) for pair in zip(codes, books, strict=True)] if (exceptions >= 0).any() else []
+        self._approximate = bool((exceptions >= 0).any())
+        self._grows = True
         self._is_exception = np.zeros((n_heads, n_keys), np.bool_)
         for head, ids in enumerate(exceptions):
             self._is_exception[head, ids[ids >= 0]] = True
+        self._arrange()
+        if not self._approximate or max(self._efforts, default=0) >= n_keys:
+            self._flat = FlatIndex(self.keys.decode())
+
+    def _arrange(self) -> None:
+        """Lay out what searches read."""
+        arrays = (
+            np.stack([blocked(codes) for codes in self.codes]),
+            self.books,
+            self.to_query,
+            self.exceptions,
+            self._is_exception,
+            self.keys.codes,
+        )
+        self._read = [read_only(array) for array in arrays]
+
+    @classmethod
+    def stored(
+        cls,
+        keys: KeyCodes,
+        codes: NDArray[np.uint8],
+        books: NDArray[np.float32],
+        exceptions: NDArray[np.int32],
+        to_query: NDArray[np.float32],
+        *,
+        efforts: Sequence[int] = (),
+        threads: int = 1,
+    ) -> Self:
+        """The index of stored arrays, for searches: it cannot be inserted into or saved.
+
+        Args:
+            to_query: [n_kv_heads, head_dim, head_dim], float32, of the alignments.
+        """
+        dim = keys.shape[2]
+        alignments = [Alignment(np.zeros(dim, np.float32), np.eye(dim, dtype=np.float32), a) for a in to_query]
+        index = cls(keys, codes, books, exceptions, alignments, efforts=efforts, threads=threads)
+        index._grows = False
+        return index
+
+    @property
+    def to_query(self) -> NDArray[np.float32]:
+        """[n_kv_heads, head_dim, head_dim], float32: what aligns queries."""
+        return np.stack([alignment.to_query for alignment in self.alignments]).astype(np.float32, copy=False)
 
     @property
     def n_heads(self) -> int:
@@ -155,34 +199,22 @@ class ScanIndex:
         """See `KeyIndex.search`. `effort`: keys scored exactly beside the exceptions; by default 4 x k."""
         check_queries(queries, self.n_heads, self.keys.shape[2], k=k, effort=effort, beta=beta)
         efforts = [max(effort or own or 4 * k, k) for own in self._efforts]
-        if max(efforts, default=0) >= self.n_keys or not self._native:
+        if max(efforts, default=0) >= self.n_keys or not self._approximate:
             self._flat = self._flat or FlatIndex(self.keys.decode())
             return self._flat.search(queries, k=k, beta=beta)
-        n_queries, n_exceptions = queries.shape[1], self.exceptions.shape[1]
-        found = empty_result(self.n_heads, n_queries, n_exceptions + max(efforts))
-        blocks = -(-n_queries // _QUERIES_PER_BLOCK)
+        n_queries = queries.shape[1]
+        found = empty_result(self.n_heads, n_queries, k)
+        prepared, offset = self.keys.prepare(queries)
+        inputs = [*self._read, read_only(queries), read_only(prepared)]
+        half, limits = self.keys.dtype == "float16", read_only(np.array(efforts, np.int64))
 
-        @one_faiss_thread()
         def scan(start: int, stop: int) -> None:
-            for item in range(start, stop):
-                head, block = divmod(item, blocks)
-                rows = slice(block * _QUERIES_PER_BLOCK, (block + 1) * _QUERIES_PER_BLOCK)
-                aligned = even(self.alignments[head].queries(queries[head, rows]))
-                ids = self._native[head].search(aligned, efforts[head])[1].astype(np.int32)
-                ids[self._is_exception[head][ids]] = -1
-                found.ids[head, rows, :n_exceptions] = self.exceptions[head]
-                found.ids[head, rows, n_exceptions : n_exceptions + efforts[head]] = ids
+            scan_range(*inputs, half, limits, start, stop, found.scores, found.ids)
 
-        run_ranges(scan, self.n_heads * blocks, threads=self.threads)
-        found.visited[:] = found.distances[:] = self.n_keys
-        found = rerank(found, self.keys, queries, k=k, threads=self.threads)
-        lost = (found.ids[:, :, -1] < 0).any(axis=0)
-        if lost.any():
-            # Codes that are all alike, for a query of zeros or identical keys, leave faiss without a best.
-            self._flat = self._flat or FlatIndex(self.keys.decode())
-            exact = self._flat.search(np.ascontiguousarray(queries[:, lost]), k=k)
-            for name, array in vars(exact).items():
-                getattr(found, name)[:, lost] = array
+        run_ranges(scan, self.n_heads * n_queries, threads=self.threads)
+        np.add(found.scores, offset[:, :, None], out=found.scores)
+        found.visited[:] = self.n_keys
+        found.distances[:] = self.n_keys + limits[:, None] + (self.exceptions >= 0).sum(axis=1)[:, None]
         return apply_beta(found, beta)
 
     def select(self, heads: list[int], efforts: Sequence[int]) -> Self:
@@ -201,19 +233,23 @@ class ScanIndex:
         """See `KeyIndex.insert`: new keys get words of the books there are; those they fit worst become exceptions.
 
         An index built of fewer than `MIN_KEYS` keys stays exact, however it grows.
+
+        Raises:
+            ConfigError: The index was opened from stored arrays.
         """
+        if not self._grows:
+            raise ConfigError("insert", "a stored index", "cannot grow; build one in memory")
         check_keys(keys, n_heads=self.n_heads, head_dim=self.keys.shape[2])
         first, n_new = self.n_keys, keys.shape[1]
         appended = self.keys.append(keys)  # first: it may refuse, and then nothing has changed
         codes = np.zeros((self.n_heads, n_new, self.codes.shape[2]), np.uint8)
         exceptions = [np.empty(0, np.int64) for _ in range(self.n_heads)]
-        for head, native_index in enumerate(self._native):
+        for head in range(self.n_heads if self._approximate else 0):
             old = self.exceptions[head][self.exceptions[head] >= 0]
             vectors = even(self.alignments[head].keys(self.keys.rows(head, old)))
             limit = code_errors(vectors, self.codes[head][old], self.books[head]).min()
             aligned = even(self.alignments[head].keys(keys[head]))
             codes[head] = coded(aligned, self.books[head])
-            native_index.add(aligned)
             exceptions[head] = first + np.flatnonzero(code_errors(aligned, codes[head], self.books[head]) > limit)
         self.keys, self._flat = appended, None
         self.codes = np.concatenate([self.codes, codes], axis=1)
@@ -224,6 +260,7 @@ class ScanIndex:
             is_exception[head, ids - first] = True
         self.exceptions = np.concatenate([self.exceptions, more], axis=1)
         self._is_exception = np.concatenate([self._is_exception, is_exception], axis=1)
+        self._arrange()
 
     def to_arrow(self) -> pa.Table:
         """Codes as a column; books, exceptions and alignments beside them."""

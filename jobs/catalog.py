@@ -48,7 +48,7 @@ class Catalog:
     Args:
         manifests: All of the store.
         model_fields: The ``model`` part of the fingerprint fields of the model that answers.
-        recipe: ``graph`` needs indexes that hold one.
+        recipe: ``graph`` and ``scan`` need indexes that hold one.
         fingerprint: Only these indexes. None: of each document the newest text, the newest index of it.
         damaged: Paths of manifests that could not be read.
     """
@@ -63,7 +63,7 @@ class Catalog:
         damaged: list[str] | None = None,
     ) -> None:
         self._others: dict[str, Manifest] = {}
-        self._without_graph: set[str] = set()
+        self._method, self._without_method = recipe.method, set[str]()
         self._damaged = damaged or []
         mine: dict[str, list[Manifest]] = defaultdict(list)
         plain_fields = json.loads(json.dumps(model_fields))  # as a manifest has them: tuples are lists
@@ -77,11 +77,11 @@ class Catalog:
         for document_id in sorted(mine):
             found = sorted(mine[document_id], key=lambda m: m.created_at, reverse=True)
             newest = [m for m in found if m.content_sha256 == found[0].content_sha256]
-            fit = [m for m in newest if recipe.method != "graph" or m.geometry.index == "graph"]
+            fit = [m for m in newest if recipe.method not in ("graph", "scan") or m.geometry.holds(recipe.method)]
             if fit:
                 self.manifests[document_id] = fit[0]
             else:
-                self._without_graph.add(document_id)
+                self._without_method.add(document_id)
 
     def targets(self, document_id: str | None) -> list[Manifest]:
         """The indexes a question is asked of."""
@@ -94,8 +94,9 @@ class Catalog:
         """Why a question has no index, and what mends it."""
         if document_id is None:
             return "the store holds no document of this model; build one first (rabatch build)"
-        if document_id in self._without_graph:
-            return "its index holds no graph; use another recipe (flat, dense), or build it with --index graph"
+        if document_id in self._without_method:
+            fix = "use another recipe (flat, dense), or build it with --index graph+scan"
+            return f"its index holds no {self._method}; {fix}"
         if document_id in self._others:
             return "is indexed for another model, dtype, template or fingerprint only; build it for this one"
         hint = f"; {len(self._damaged)} manifests are damaged, see rabatch verify" if self._damaged else ""

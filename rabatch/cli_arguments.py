@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 from rabatch.config import (
     DTYPES,
+    INDEX_KINDS,
     METHODS,
     BuildConfig,
     GenerationSettings,
@@ -110,7 +111,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write a row per document to this .parquet or .jsonl file")
     _add_model(parser)
     group = parser.add_argument_group("what is stored (part of the fingerprint)")
-    group.add_argument("--index", choices=("graph", "none"), default=_BUILD.index, help="none: keys and values only")
+    group.add_argument("--index", choices=INDEX_KINDS, default=_BUILD.index, help="none: keys and values only")
     _number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
     _number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
     _number(group, "--graph-degree", _GRAPH.degree, "links per key")

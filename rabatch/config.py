@@ -9,8 +9,10 @@ from typing import Any, Literal, Self
 from rabatch.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-Method = Literal["dense", "streaming", "flat", "graph", "auto"]
-METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "auto")
+Method = Literal["dense", "streaming", "flat", "graph", "scan", "auto"]
+METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "auto")
+IndexKind = Literal["graph+scan", "graph", "scan", "none"]
+INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
 
 
 class _Checked:
@@ -99,7 +101,8 @@ class BuildConfig(_Checked):
     Args:
         sink_tokens, window_tokens: The static set: first and last context tokens, attended by every query and
             kept out of the key index (RetrievalAttention, section 3: 128 + 512).
-        index: ``"graph"``, or ``"none"`` to store keys and values only (recipes dense, streaming and flat).
+        index: ``"graph"``, ``"scan"`` (codes of 4 bits for every two dimensions), both, or ``"none"`` to store keys and
+            values only (recipes dense, streaming and flat).
         graph: Parameters of the graph.
         query_share: Share of the context's query vectors, per query head, whose top-k keys are kept.
         query_top_k: How many keys per sampled query (N_q of RoarGraph).
@@ -115,7 +118,7 @@ class BuildConfig(_Checked):
 
     sink_tokens: int = 128
     window_tokens: int = 512
-    index: Literal["graph", "none"] = "graph"
+    index: IndexKind = "graph+scan"
     graph: GraphConfig = field(default_factory=GraphConfig)
     query_share: float = 0.25
     query_top_k: int = 32
@@ -129,17 +132,23 @@ class BuildConfig(_Checked):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
         self._at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
-        self._one_of("index", ("graph", "none"))
+        self._one_of("index", INDEX_KINDS)
         self._one_of("kv_dtype", ("auto", *DTYPES))
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
+
+    def builds(self, kind: str) -> bool:
+        """Whether the index has a ``"graph"`` or ``"scan"``."""
+        return kind in self.index.split("+")
 
     def stored_fields(self) -> dict[str, Any]:
         """The fields that change stored numbers."""
         fields = self.to_dict()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
+        if not self.builds("graph"):
+            del fields["graph"]
         if self.index == "none":
-            for name in ("graph", "query_share", "query_top_k", "sample_vectors", "zone_tokens"):
+            for name in ("query_share", "query_top_k", "sample_vectors", "zone_tokens"):
                 del fields[name]
         return fields
 
@@ -150,8 +159,9 @@ class Recipe(_Checked):
 
     Args:
         method: ``dense`` (every key), ``streaming`` (static set only), ``flat`` (static set + exact top-k),
-            ``graph`` (static set + top-k found by graph search), ``auto`` (of ``dense`` and ``graph`` the one that is
-            faster for this context and as many questions, by times taken on this machine).
+            ``graph`` (static set + top-k found by graph search), ``scan`` (static set + top-k found by codes of all
+            keys), ``auto`` (of ``dense`` and what the index holds, ``graph`` or ``scan``, the fastest for this context
+            and as many questions, by times taken on this machine).
         top_k: Keys retrieved per query head beyond the static set. At least as many as the index holds: full budget.
         budget: How many of them: ``fixed`` (`top_k`), ``mass`` (of each query the best that together hold `mass` of
             the softmax), ``profile`` (per head, by how the context's own queries attended when the index was built),
@@ -160,7 +170,8 @@ class Recipe(_Checked):
         mass: Share of the softmax mass that ``mass`` and ``profile`` keep.
         estimate: Whether the keys that are not retrieved are estimated by the zones of the index (RetroInfer), and not
             left out. None: where the index has zones.
-        search_list: Candidates kept during graph search (ef); higher finds more and costs more. 0: 2 x top_k.
+        search_list: Candidates: kept during a graph search (ef), or scored exactly after a scan; more find more and
+            cost more. 0: 2 x top_k of a graph, 4 x top_k of a scan.
         question_attention: How the question's tokens attend the context: ``exact`` (all keys), ``index`` (like
             generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine.
         tail_tokens: Question and generated tokens that are attended whole, the last ones; older ones are retrieved
@@ -196,8 +207,8 @@ class Recipe(_Checked):
 
     @property
     def effective_search_list(self) -> int:
-        """The number of candidates a graph search keeps; never below `top_k`."""
-        return max(self.search_list or 2 * self.top_k, self.top_k)
+        """The number of candidates of a search; never below `top_k`."""
+        return max(self.search_list or (4 if self.method == "scan" else 2) * self.top_k, self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

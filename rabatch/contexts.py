@@ -22,7 +22,7 @@ from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreErr
 from rabatch.layers import Layers
 from rabatch.loading import LoadedModel
 from rabatch.memory import LayerPool, StoredLayer
-from rabatch.selectors import RETRIEVING, open_index
+from rabatch.selectors import methods_of, open_indexes
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.parts import LayerBlock, TokensBlock
@@ -95,19 +95,20 @@ def open_context(
             `OpenContext.load` when its turn has come.
 
     Raises:
-        FingerprintError: The index belongs to another model, dtype or template, or holds no graph and the recipe
-            needs one.
+        FingerprintError: The index belongs to another model, dtype or template, or does not hold the graph or scan
+            that the recipe needs.
         IntegrityError: Stored bytes are not what the manifest says. Layers that are read later raise it then.
         StoreError: The store cannot be read.
     """
     check_identity(manifest, loaded)
     if recipe.method == "auto" and manifest.geometry.index == "none":
         recipe = dataclasses.replace(recipe, method="dense")
-    if recipe.method == "graph" and manifest.geometry.index != "graph":
+    if recipe.method in ("graph", "scan") and not manifest.geometry.holds(recipe.method):
         raise FingerprintError(
             "recipe",
             recipe.method,
-            f"the index of {manifest.document_id!r} holds no graph; use flat, or build with --index graph",
+            f"the index of {manifest.document_id!r} holds no {recipe.method}; "
+            f"use flat, or build with --index graph+scan",
         )
 
     def read(number: int) -> ContextLayer:
@@ -177,7 +178,8 @@ def _context_layer(
     start, stop = (rows, rows) if sliding else (manifest.index_start, manifest.index_stop)
     device = loaded.config.device
     n_kv, full = manifest.geometry.n_kv_heads, [i for i, w in enumerate(manifest.geometry.sliding_windows) if not w]
-    retrieving = recipe.method in RETRIEVING and stop > start
+    methods = methods_of(recipe, manifest.geometry) if stop > start else []
+    retrieving = bool(methods)
     budget = np.zeros(n_kv, np.int64)
     if retrieving:
         budget = head_budget(
@@ -192,7 +194,7 @@ def _context_layer(
         first_position=manifest.context_tokens - rows,
         index_start=start,
         index_stop=stop,
-        index=open_index(recipe, block, np.flatnonzero(budget), start, stop, threads=threads),
         budget=budget,
+        indexes=open_indexes(methods, recipe, block, np.flatnonzero(budget), start, stop, threads=threads),
         zones=block.zones if retrieving and recipe.estimate is not False else None,
     )

@@ -16,7 +16,7 @@ from rabatch.config import Method, Recipe
 from rabatch.contexts import OpenContext
 
 _log = logging.getLogger(__name__)
-_FOR_SPEED: tuple[Method, ...] = ("dense", "graph")
+_FOR_SPEED: tuple[Method, ...] = ("graph", "scan")  # beside dense
 _QUESTION_TOKENS = 16  # of the questions by which `question_attention` is chosen
 _QUESTIONS = 4  # at most so many of them at once: by then time grows with their number
 _REPEATS = 3
@@ -34,10 +34,10 @@ def chosen(context: OpenContext, recipe: Recipe, *, questions: int) -> Recipe:
         questions: Decoded together.
     """
     if recipe.method == "auto":
-        if context.manifest.geometry.index == "none":
-            recipe = dataclasses.replace(recipe, method="dense")
-        else:
-            options = [dataclasses.replace(recipe, method=method) for method in _FOR_SPEED]
+        held = [method for method in _FOR_SPEED if context.manifest.geometry.holds(method)]
+        options = [dataclasses.replace(recipe, method=method) for method in ("dense", *held)]
+        recipe = options[0]
+        if held:
             recipe = min(options, key=lambda option: _pass_seconds(context, option, questions, 1))
             _log.info("auto: %s for %d questions of %s", recipe.method, questions, context.manifest.document_id)
     if recipe.question_attention == "auto":
@@ -61,7 +61,7 @@ def _pass_seconds(context: OpenContext, recipe: Recipe, questions: int, q_tokens
         layer = context.layers[number]
         n_rows = layer.keys.shape[1]
         length = round(2 * math.log2(max(n_rows, 1)))
-        key = (length, layer.index is None, shape, layer.keys.dtype, settings, questions, q_tokens, device)
+        key = (length, tuple(layer.indexes), shape, layer.keys.dtype, settings, questions, q_tokens, device)
         if key not in _seconds:
             _seconds[key] = layer_seconds(
                 layer, recipe, n_query_heads=shape.n_query_heads, questions=questions, q_tokens=q_tokens, device=device

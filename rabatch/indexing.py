@@ -16,9 +16,11 @@ from rabatch.index.base import QuerySample
 from rabatch.index.compiled import run_tasks
 from rabatch.index.graph import build_layer
 from rabatch.index.profile import GRID, mass_profile
+from rabatch.index.scan import ScanIndex
 from rabatch.index.zones import partition
 from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
+from rabatch.storage.scan_codes import ScanCodes
 from rabatch.storage.store import IndexStore
 from rabatch.units import Unit, context_sample, index_range, read_geometry, unit_array, unit_tensor
 
@@ -27,7 +29,7 @@ PROFILE_POSITIONS = 32
 
 
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
-    """Keys, values and, for a full-attention layer of a graph index, per KV head a graph, zones and a profile.
+    """Keys, values and, for a full-attention layer, per KV head what the index is made of, zones and a profile.
 
     There are no zones if `zone_tokens` is 0, and no profile if the unit holds no query vectors.
 
@@ -43,17 +45,21 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             fix = "must be finite; the prefill overflowed, choose another dtype for the model"
             raise KeysError(f"{name} of layer {unit['layer']}", "not finite", fix)
     n_tokens, rows = unit["context_tokens"], keys.shape[1]
-    neighbors = entries = zones = profile = None
+    neighbors = entries = scan = zones = profile = None
     start, stop = index_range(n_tokens, build)
     sliding = geometry.sliding_windows[unit["layer"]]
-    if build.index == "graph" and not sliding:
+    if build.index != "none" and not sliding:
         indexed = np.ascontiguousarray(keys[:, start:stop].float().numpy())
         samples = _samples(unit, build, heads, geometry.head_dim)
-        graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
-        neighbors = np.stack([graph.neighbors for graph in graphs])
-        if stop > start:
-            # Graphs may have fewer entry points than asked for; a repeated one changes no search.
-            entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
+        if build.builds("graph"):
+            graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
+            neighbors = np.stack([graph.neighbors for graph in graphs])
+            if stop > start:
+                # Graphs may have fewer entry points than asked for; a repeated one changes no search.
+                entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
+        if build.builds("scan"):
+            made = ScanIndex.build(indexed, samples, threads=threads)
+            scan = ScanCodes(made.codes, made.books, made.exceptions, made.to_query)
         if build.zone_tokens:
             zones = partition(indexed, zone_tokens=build.zone_tokens, threads=threads)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
@@ -65,6 +71,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         values=values,
         neighbors=neighbors,
         entries=entries,
+        scan=scan,
         zones=zones,
         profile=profile,
         index_start=0 if sliding else start,

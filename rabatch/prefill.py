@@ -173,7 +173,7 @@ def _geometry(loaded: LoadedModel, windows: dict[int, int], build: BuildConfig) 
         sink_tokens=build.sink_tokens,
         window_tokens=build.window_tokens,
         index=build.index,
-        degree=build.graph.degree if build.index == "graph" else 0,
+        degree=build.graph.degree if build.builds("graph") else 0,
         sliding_windows=tuple(windows[layer] for layer in range(shape.n_layers)),
     )
 

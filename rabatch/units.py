@@ -31,10 +31,10 @@ def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:
 
 
 def context_sample(context_tokens: int, build: BuildConfig) -> ContextSample:
-    """Which queries of a context a build samples; of an index without graphs, none."""
+    """Which queries of a context a build samples; without an index, none."""
     return ContextSample(
         context_tokens=context_tokens,
-        index_range=index_range(context_tokens, build) if build.index == "graph" else (0, 0),
+        index_range=index_range(context_tokens, build) if build.index != "none" else (0, 0),
         window_tokens=build.window_tokens,
         query_share=build.query_share,
         top_k=build.query_top_k,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rabatch.errors import StoreError
+from rabatch.storage.scan_codes import ScanCodes, check_scan
 
 MAX_PART_BYTES = 1 << 30
 PROFILE_NUMBERS = 11
@@ -29,6 +30,7 @@ class LayerBlock:
         neighbors: [n_heads, index_rows, degree] int32 ids in [0, index_rows), -1 for none; id `i` is row
             `index_start + i`. None: the layer has no graph.
         entries: [n_heads, E] int32 ids where a search starts. None without a graph.
+        scan: Codes of the index's keys. None: the layer has none.
         zones: [n_heads, index_rows] int32, the zone of each indexed key, from 0. None: the layer has no zones.
         profile: [n_heads, PROFILE_NUMBERS] float32, shares of the softmax mass of late queries, ascending, that are
             held by the static set, and by it and the best 8, 16, ... other keys. None: not known.
@@ -42,6 +44,7 @@ class LayerBlock:
     values: torch.Tensor
     neighbors: NDArray[np.int32] | None = None
     entries: NDArray[np.int32] | None = None
+    scan: ScanCodes | None = None
     zones: NDArray[np.int32] | None = None
     profile: NDArray[np.float32] | None = None
     index_start: int = 0
@@ -60,7 +63,9 @@ class LayerBlock:
 
     @property
     def index_rows(self) -> int:
-        return 0 if self.neighbors is None else int(self.neighbors.shape[1])
+        if self.neighbors is not None:
+            return int(self.neighbors.shape[1])
+        return 0 if self.scan is None else int(self.scan.codes.shape[1])
 
     def select(self, heads: range) -> LayerBlock:
         """The block of some of its heads (numbered as in the model), sharing memory."""
@@ -73,6 +78,7 @@ class LayerBlock:
             values=self.values[part],
             neighbors=None if self.neighbors is None else self.neighbors[part],
             entries=None if self.entries is None else self.entries[part],
+            scan=None if self.scan is None else self.scan.select(part),
             zones=None if self.zones is None else self.zones[part],
             profile=None if self.profile is None else self.profile[part],
             index_start=self.index_start,
@@ -82,7 +88,8 @@ class LayerBlock:
         """Blocks of as many heads as fit `max_bytes`, at least one head each."""
         degree = 0 if self.neighbors is None else int(self.neighbors.shape[2])
         ids = degree + (self.zones is not None) + 1  # of neighbors, zone, position
-        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * ids)
+        codes = 0 if self.scan is None else self.scan.code_width
+        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * ids + codes)
         step = max(1, max_bytes // max(1, head_bytes))
         for start in range(self.head_start, self.head_stop, step):
             yield self.select(range(start, min(start + step, self.head_stop)))
@@ -93,8 +100,11 @@ class LayerBlock:
         optional = (
             (getattr(self, name), getattr(other, name)) for name in ("neighbors", "entries", "zones", "profile")
         )
+        scans = (self.scan, other.scan)
         return (
             mine == theirs
+            and (self.scan is None) == (other.scan is None)
+            and (scans[0] is None or scans[1] is None or scans[0].equals(scans[1]))
             and np.array_equal(self.positions, other.positions)
             and np.array_equal(bits(self.keys), bits(other.keys))
             and np.array_equal(bits(self.values), bits(other.values))
@@ -153,13 +163,17 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         if ids.size:
             span = (int(ids.min()), int(ids.max()))
             rule(low <= span[0] and span[1] < block.index_rows, where, span, f"must be in [{low}, {block.index_rows})")
+    indexed = block.neighbors is not None or block.scan is not None
+    if block.scan is not None:
+        check_scan(block.scan, n_heads=shape[0], index_rows=block.index_rows, head_dim=shape[2], rule=rule)
     if block.zones is not None:
-        graph, wanted = block.neighbors is not None, (shape[0], block.index_rows)
-        rule(graph and block.zones.shape == wanted, "zones", block.zones.shape, f"must be {list(wanted)}, with a graph")
+        wanted = (shape[0], block.index_rows)
+        fix = f"must be {list(wanted)}, with an index"
+        rule(indexed and block.zones.shape == wanted, "zones", block.zones.shape, fix)
     if block.profile is not None:
         shares, wanted = block.profile, (shape[0], PROFILE_NUMBERS)
-        known = block.neighbors is not None and shares.shape == wanted and shares.dtype == np.float32
-        rule(known, "profile", (shares.shape, str(shares.dtype)), f"must be float32 {list(wanted)}, with a graph")
+        known = indexed and shares.shape == wanted and shares.dtype == np.float32
+        rule(known, "profile", (shares.shape, str(shares.dtype)), f"must be float32 {list(wanted)}, with an index")
         sound = bool((shares >= 0).all() and (shares <= 1).all() and (np.diff(shares) >= 0).all())
         rule(sound, "profile", shares.tolist(), "must be shares in [0, 1] that do not fall")
 

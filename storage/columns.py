@@ -31,6 +31,13 @@ def binary_ids(ids: NDArray[np.int32], *, rows: int, start: int, width: int) -> 
     return binary(every.astype("<u2") if width == 2 else every, ids.shape[1] * width)
 
 
+def binary_rows(array: NDArray[np.uint8], *, rows: int, start: int) -> pa.Array:
+    """Bytes of the rows from `start` on, [n, width], as a column of `rows`; other rows are zero."""
+    every = np.zeros((rows, array.shape[1]), np.uint8)
+    every[start : start + len(array)] = array
+    return binary(every, array.shape[1])
+
+
 def bytes_of(table: pa.Table, column: str, rows: int) -> NDArray[np.uint8]:
     """A column's memory as [rows, width] bytes; no copy if it is one chunk, as Arrow returns a row group."""
     chunked = table.column(column)

@@ -9,6 +9,7 @@ from rabatch.errors import IntegrityError
 from rabatch.storage.blocks import LayerBlock
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.manifest import Manifest, Part
+from rabatch.storage.scan_codes import joined
 
 
 def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
@@ -27,11 +28,13 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
     sliding = geometry.sliding_windows[part.layer] > 0
     index_rows = 0 if sliding or geometry.index == "none" else manifest.index_stop - manifest.index_start
     rule(block.index_rows == index_rows, "index_rows", block.index_rows, index_rows)
+    place = (block.index_start, manifest.index_start)
+    rule(index_rows == 0 or place[0] == place[1], "index_start", *place)
+    for kind, there in (("graph", block.neighbors is not None), ("scan", block.scan is not None)):
+        wanted = geometry.holds(kind) and not sliding
+        rule(there == wanted, kind, there, wanted)
     if block.neighbors is not None:
-        rule(not sliding and geometry.index == "graph", "neighbors", "a graph", "none for this layer")
         rule(block.neighbors.shape[2] == geometry.degree, "degree", block.neighbors.shape[2], geometry.degree)
-        place = (block.index_start, manifest.index_start)
-        rule(index_rows == 0 or place[0] == place[1], "index_start", *place)
         rule(index_rows == 0 or block.entries is not None, "entries", None, "there where there is a graph")
 
 
@@ -44,7 +47,8 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
     if len(set(has_graph)) != 1 or len(shapes) != 1 or len({start for *_, start in graphs}) != 1:
         raise IntegrityError(f"{manifest.path}: layer {first.layer}", graphs, "its parts differ in their graph")
     zones, profiles = [b.zones for b in blocks], [b.profile for b in blocks]
-    for name, arrays in (("zones", zones), ("profile", profiles)):
+    scans = [b.scan for b in blocks]
+    for name, arrays in (("zones", zones), ("profile", profiles), ("scan", scans)):
         if len({array is None for array in arrays}) != 1:
             there = [array is not None for array in arrays]
             raise IntegrityError(f"{manifest.path}: layer {first.layer}: {name}", there, "not in all of its parts")
@@ -56,6 +60,7 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         values=torch.cat([b.values for b in blocks]),
         neighbors=np.concatenate([n for n, _, _ in graphs if n is not None]) if has_graph[0] else None,
         entries=None if None in shapes else np.concatenate([e for _, e, _ in graphs if e is not None]),
+        scan=None if scans[0] is None else joined([scan for scan in scans if scan is not None]),
         zones=None if zones[0] is None else np.concatenate([z for z in zones if z is not None]),
         profile=None if profiles[0] is None else np.concatenate([p for p in profiles if p is not None]),
         index_start=first.index_start,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from rabatch.config import IndexKind
 from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.rules import FORMAT_VERSION, check_rules, check_types
@@ -59,7 +60,7 @@ class Geometry:
 
     Args:
         sink_tokens, window_tokens: The static set as configured; the context may be shorter.
-        index: ``"graph"`` or ``"none"``; `degree` is 0 without a graph.
+        index: ``"graph+scan"``, ``"graph"``, ``"scan"`` or ``"none"``; `degree` is 0 without a graph.
         sliding_windows: One per layer: 0 for full attention, else the layer's own window, and only that many last
             tokens are stored.
     """
@@ -71,9 +72,13 @@ class Geometry:
     kv_dtype: str
     sink_tokens: int
     window_tokens: int
-    index: Literal["graph", "none"]
+    index: IndexKind
     degree: int
     sliding_windows: tuple[int, ...]
+
+    def holds(self, kind: str) -> bool:
+        """Whether the layers with full attention have a ``"graph"`` or ``"scan"``."""
+        return kind in self.index.split("+")
 
 
 @dataclass(frozen=True, kw_only=True)

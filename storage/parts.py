@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.blocks import DTYPE_NAMES, TORCH_DTYPES, LayerBlock, TokensBlock, bits, check_layer
-from rabatch.storage.columns import binary, binary_ids, bytes_of, id_width, ids_of
+from rabatch.storage.columns import binary, binary_ids, binary_rows, bytes_of, id_width, ids_of
 from rabatch.storage.limits import check_layer_bytes, check_tokens_bytes
 from rabatch.storage.manifest import FORMAT_VERSION
+from rabatch.storage.scan_codes import from_metadata
 
 __all__ = [
     "LayerBlock",
@@ -71,6 +72,7 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         "index_start": block.index_start,
         "index_rows": block.index_rows,
         "entries": None if block.entries is None else block.entries.tolist(),
+        **({"code_width": 0} if block.scan is None else block.scan.metadata()),
         "zone_width": zone_width,
         "n_zones": n_zones,
         # The shortest numbers that read back as the same float32.
@@ -78,7 +80,8 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         "fingerprint": fingerprint,
         "document_key": document_key,
     }
-    schema = layer_schema(key_bytes, degree * width, zone_width).with_metadata(_to_text(metadata))
+    code_width = 0 if block.scan is None else block.scan.code_width
+    schema = layer_schema(key_bytes, degree * width, code_width, zone_width).with_metadata(_to_text(metadata))
     positions = pa.array(np.asarray(block.positions, np.int32))
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, **_WRITER) as writer:
@@ -86,6 +89,8 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
             columns = [positions, *(binary(bits(kv[head]), key_bytes) for kv in (block.keys, block.values))]
             if block.neighbors is not None and degree:
                 columns.append(binary_ids(block.neighbors[head], rows=block.rows, start=block.index_start, width=width))
+            if block.scan is not None:
+                columns.append(binary_rows(block.scan.codes[head], rows=block.rows, start=block.index_start))
             if block.zones is not None:
                 ids = block.zones[head][:, None]
                 columns.append(binary_ids(ids, rows=block.rows, start=block.index_start, width=zone_width))
@@ -93,8 +98,8 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
     return sink.getvalue()
 
 
-def layer_schema(key_bytes: int, neighbor_bytes: int, zone_width: int = 0) -> pa.Schema:
-    """Columns of a layer part; `neighbors` and `zone` only where there are any."""
+def layer_schema(key_bytes: int, neighbor_bytes: int, code_width: int = 0, zone_width: int = 0) -> pa.Schema:
+    """Columns of a layer part; `neighbors`, `code` and `zone` only where there are any."""
     fields = [
         pa.field("position", pa.int32(), nullable=False),
         pa.field("key", pa.binary(key_bytes), nullable=False),
@@ -102,6 +107,8 @@ def layer_schema(key_bytes: int, neighbor_bytes: int, zone_width: int = 0) -> pa
     ]
     if neighbor_bytes:
         fields.append(pa.field("neighbors", pa.binary(neighbor_bytes), nullable=False))
+    if code_width:
+        fields.append(pa.field("code", pa.binary(code_width), nullable=False))
     if zone_width:
         fields.append(pa.field("zone", pa.binary(zone_width), nullable=False))
     return pa.schema(fields)
@@ -151,20 +158,24 @@ def _decode_layer(
     if len(heads) == 0 or heads.step != 1 or heads.start < stored.start or heads.stop > stored.stop:
         raise _damaged(name, "head_start", stored, f"does not hold heads {heads}")
     zone_width, n_zones = _zone_sizes(meta, name)
-    wanted = layer_schema(head_dim * dtype.itemsize, degree * width if graph else 0, zone_width)
+    code_width = meta.get("code_width", 0)
+    if type(code_width) is not int or code_width not in (0, -(-head_dim // 4)):
+        raise _damaged(name, "code_width", code_width, f"must be 0, or of head_dim {head_dim}: {-(-head_dim // 4)}")
+    wanted = layer_schema(head_dim * dtype.itemsize, degree * width if graph else 0, code_width, zone_width)
     if not schema.equals(wanted):
         raise _damaged(name, "columns", schema.names, f"must be {', '.join(map(str, wanted))}")
     if file.metadata.num_row_groups != len(stored):
         raise _damaged(name, "row groups", file.metadata.num_row_groups, f"must be one for each of {len(stored)} heads")
     rows = file.metadata.row_group(0).num_rows
     start, index_rows = meta["index_start"], meta["index_rows"]
-    if start + index_rows > rows or (index_rows and not graph):
+    if start + index_rows > rows or (index_rows and not graph and not code_width):
         raise _damaged(name, "index_rows", index_rows, f"must fit {rows} rows from {start} on")
     check_layer_bytes(file.metadata, schema, size, name)  # before memory is taken for it
 
     # numpy's memory is backed by huge pages, torch's is not: filling it is four times as fast.
     keys, values = (np.empty((len(heads), rows, head_dim * dtype.itemsize), np.uint8) for _ in range(2))
     neighbors = np.empty((len(heads), index_rows, degree), np.int32) if graph else None
+    codes = np.empty((len(heads), index_rows, code_width), np.uint8)
     zones = np.empty((len(heads), index_rows), np.int32) if zone_width else None
     positions: NDArray[np.int32] | None = None
     for i, head in enumerate(heads):
@@ -180,6 +191,8 @@ def _decode_layer(
             raise _damaged(name, f"row group {head - stored.start}", head, "has other positions than the first head")
         if neighbors is not None and degree:
             neighbors[i] = ids_of(group, "neighbors", rows, width)[start : start + index_rows]
+        if code_width:
+            codes[i] = bytes_of(group, "code", rows)[start : start + index_rows]
         if zones is not None:
             of_rows = ids_of(group, "zone", rows, zone_width)[:, 0]
             zones[i] = of_rows[start : start + index_rows]
@@ -191,6 +204,10 @@ def _decode_layer(
     if meta.get("entries") is not None:
         entries = np.asarray(meta["entries"], np.int32).reshape(len(stored), -1)
         entries = entries[heads.start - stored.start : heads.stop - stored.start]
+    scan = None
+    if code_width:
+        ours = slice(heads.start - stored.start, heads.stop - stored.start)
+        scan = from_metadata(meta, codes, ours, n_heads=len(stored), head_dim=head_dim)
     block = LayerBlock(
         layer=meta["layer"],
         head_start=heads.start,
@@ -199,6 +216,7 @@ def _decode_layer(
         values=torch.from_numpy(values).view(dtype),
         neighbors=neighbors,
         entries=entries,
+        scan=scan,
         zones=zones,
         profile=_profile_of(meta, stored, heads, name),
         index_start=start,

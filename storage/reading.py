@@ -21,6 +21,7 @@ from rabatch.storage.manifest import Part
 
 Check = bool | Literal["once"]
 T = TypeVar("T")
+_MAGIC_BYTES = 4  # "PAR1", with which a Parquet file begins
 _TAIL_BYTES = 1 << 16  # holds the footer of most parts
 
 
@@ -152,9 +153,10 @@ class RangedFile:
         self._fetch(tail, self._nbytes)
         with contextlib.suppress(pa.ArrowException, OSError, ValueError, OverflowError, RuntimeError):
             metadata = pq.read_metadata(self)
-            wanted = range(metadata.num_row_groups) if groups is None else groups
-            spans = [_span(metadata.row_group(i).column(j)) for i in wanted for j in range(metadata.num_columns)]
-            start, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
+            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+            wanted = range(len(sizes)) if groups is None else groups
+            # They follow each other from the first byte on. Where a writer left gaps, the rest comes when it is read.
+            start, stop = _MAGIC_BYTES + sum(sizes[: wanted.start]), _MAGIC_BYTES + sum(sizes[: wanted.stop])
             if 0 <= start < tail and stop <= self._nbytes:  # Parquet that says otherwise is refused by who reads it
                 self._fetch(start, stop)
         self._at = 0
@@ -199,13 +201,6 @@ class RangedFile:
             data[at : at + len(piece)] = piece
             at += len(piece)
         self._held.append((start, data[:at]))
-
-
-def _span(column: Any) -> tuple[int, int]:
-    start = column.data_page_offset
-    if column.has_dictionary_page and column.dictionary_page_offset is not None:
-        start = min(start, column.dictionary_page_offset)
-    return start, start + column.total_compressed_size
 
 
 def _unless_changed(call: Callable[[], T], unchanged: Callable[[], bool]) -> tuple[T] | None:

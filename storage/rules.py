@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rabatch.config import DTYPES
+from rabatch.config import DTYPES, INDEX_KINDS
 from rabatch.errors import IntegrityError
 from rabatch.storage.failures import REBUILD
 
@@ -119,8 +119,8 @@ def _check_geometry(geometry: Geometry, rule: Rule) -> None:
         f"must be a multiple of n_kv_heads = {geometry.n_kv_heads}",
     )
     rule(geometry.kv_dtype in DTYPES, "geometry.kv_dtype", geometry.kv_dtype, f"must be one of {', '.join(DTYPES)}")
-    rule(geometry.index in ("graph", "none"), "geometry.index", geometry.index, "must be graph or none")
-    low = 1 if geometry.index == "graph" else 0
+    rule(geometry.index in INDEX_KINDS, "geometry.index", geometry.index, f"must be one of {', '.join(INDEX_KINDS)}")
+    low = 1 if geometry.holds("graph") else 0
     rule(low <= geometry.degree <= _MAX_WIDTH, "geometry.degree", geometry.degree, f"must be in [{low}, {_MAX_WIDTH}]")
     windows = geometry.sliding_windows
     rule(

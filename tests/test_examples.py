@@ -58,12 +58,31 @@ def test_a_store_without_the_document_is_named(quickstart):
     assert "holds no document 'doc-9'" in done.stdout
 
 
-def test_query_store_imports_nothing_of_rabatch():
-    assert "import rabatch" not in (EXAMPLES / "query_store.py").read_text()
+def test_a_store_answers_sql(quickstart):
+    folder, _ = quickstart
+    done = run("query_sql.py", "out/index", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("doc-00000: ")
+    config = json.loads((ROOT / "rabatch/demo/model/config.json").read_text())
+    tokens = int(lines[0].split()[1])
+    assert lines[3].startswith(f"its layer 0: {config['num_key_value_heads']} KV heads of {tokens} tokens")
+    assert all(int(line.split()[-2]) > 1 for line in lines[4:])
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize("name", ["query_store.py", "query_sql.py"])
+def test_queries_import_nothing_of_rabatch(name):
+    assert "import rabatch" not in (EXAMPLES / name).read_text()
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "query_store.py", "key_index.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "quickstart.py",
+        "query_store.py",
+        "query_sql.py",
+        "key_index.py",
+    }
 
 
 def test_a_key_index_alone(tmp_path):

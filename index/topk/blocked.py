@@ -2,8 +2,8 @@
 
 A task takes the rows of one KV head (all query heads of its group) against blocks of 256 keys, six rows at a time:
 their scores stay in the first-level cache while maxima, exp and the sum of values are made of them (the online
-softmax of FlashAttention, arXiv 2205.14135, algorithm 1). A sampled row holds its k best in a heap; 16 scores are
-compared with the worst of them at once, and few pass. Keeping a maximum per group of keys and scoring the best groups
+softmax of FlashAttention, arXiv 2205.14135, algorithm 1). A sampled row lists its k best; 16 scores are compared
+with the worst of them at once, and few pass. Keeping a maximum per group of keys and scoring the best groups
 again was measured too, and lost (docs/prefill.md). Memory beyond the result: a few hundred rows and 256 keys per
 thread. No row's result depends on which rows share its task, so a chunk changes nothing.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import spread
 from rabatch.index.topk.base import Attended, Request, Span
-from rabatch.index.topk.best import keep_best, rank
+from rabatch.index.topk.best import collect, room_for, settle
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
 
 BLOCK_KEYS = 256  # their keys and values, as float32, fit the second-level cache; 128 and 512 measured no faster
@@ -89,11 +89,19 @@ def _attend_rows(  # type: ignore[no-untyped-def]
     sums = np.zeros(n_strips * TILE_ROWS * wide, np.float32)
     best, total = np.full(n, np.float32(-np.inf)), np.zeros(n, np.float32)
     maps = slots.shape[0]
-    found = np.zeros(n, np.int64)
+    after = at + stop - start
+    listed = np.full(n, -1)  # which list a sampled row has
+    n_lists = 0
+    for i in range(n):
+        if slots[min(head * group + i % group, maps - 1), start + i // group] >= 0:
+            listed[i] = n_lists
+            n_lists += 1
+    k = scores.shape[2]
+    lists = np.empty((n_lists, room_for(k, after - first)), np.uint64)
+    kept, bars = np.zeros(n_lists, np.int64), np.full(n_lists, np.float32(-np.inf))
     panels_of_keys = np.zeros(BLOCK_KEYS * dim, np.float32)
     block_values = np.zeros(BLOCK_KEYS * wide, np.float32)
     lines, line = np.empty(TILE_ROWS * BLOCK_KEYS, np.float32), np.empty(BLOCK_KEYS, np.float32)
-    after = at + stop - start
     origin = first + (max(first, at - window + 1) - first) // BLOCK_KEYS * BLOCK_KEYS
     for begin in range(origin, after, BLOCK_KEYS):
         end = min(begin + BLOCK_KEYS, after)
@@ -121,8 +129,8 @@ def _attend_rows(  # type: ignore[no-untyped-def]
                 slot = slots[map_, start + i // group]
                 if slot >= 0 and low[map_, slot] < begin + to and high[map_, slot] > begin:
                     limits = max(low[map_, slot] - begin, from_), min(high[map_, slot] - begin, to)
-                    heap = scores[query_head, slot], ids[query_head, slot]
-                    found[i] = keep_best(lines, row, begin, limits, heap, found[i])
+                    own = listed[i]
+                    kept[own], bars[own] = collect(lines, row, begin, limits, lists[own], kept[own], k, bars[own])
                 if softcap > 0:
                     soften(lines, row, panels, softcap, line)
                 highest = greatest(lines, row, panels)  # type: ignore[call-arg, var-annotated]
@@ -144,4 +152,5 @@ def _attend_rows(  # type: ignore[no-untyped-def]
         lse[query_head, row] = best[i] + np.log(total[i])
         slot = slots[min(query_head, maps - 1), row]
         if slot >= 0:
-            rank(scores[query_head, slot], ids[query_head, slot], found[i])
+            own = listed[i]
+            settle(lists[own], kept[own], k, scores[query_head, slot], ids[query_head, slot])

@@ -147,7 +147,7 @@ class QuestionAttention:
         real = real[:, None].expand(batch, group, q_tokens).reshape(-1)
 
         def find() -> Found:
-            some = layer.find(host[:, real].numpy())
+            some = layer.find(host[:, real].numpy(), self.recipe.method)
             if bool(real.all()):
                 found = some
             else:

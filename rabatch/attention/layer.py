@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,9 +26,9 @@ class ContextLayer:
         keys, values: [n_kv_heads, n_rows, head_dim] in the stored dtype.
         first_position: Position of row 0; greater than 0 only where a native window dropped older tokens.
         index_start, index_stop: Rows the key index holds; the others are the static set.
-        index: The key index of the KV heads whose `budget` is not 0; None: nothing is retrieved (recipes dense and
-            streaming, sliding layers).
         budget: int64 [n_kv_heads]: keys retrieved per query head.
+        indexes: By method, a key index of the KV heads whose `budget` is not 0; none where nothing is retrieved
+            (recipes dense and streaming, sliding layers), several under recipe auto.
         zones: int32 [n_kv_heads, index_stop - index_start], the zone of each key of the index; None: what is not
             retrieved is not estimated.
     """
@@ -37,8 +38,8 @@ class ContextLayer:
     first_position: int
     index_start: int
     index_stop: int
-    index: KeyIndex | None
     budget: NDArray[np.int64]
+    indexes: Mapping[str, KeyIndex] = field(default_factory=dict)
     zones: NDArray[np.int32] | None = None
 
     @cached_property
@@ -78,19 +79,21 @@ class ContextLayer:
         if recipe.attends_all and on_cpu and self.keys.shape[1]:
             _ = self.shared
 
-    def find(self, rows: NDArray[np.float32]) -> Found:
-        """The keys that the index finds, on the CPU, as rows of the layer.
+    def find(self, rows: NDArray[np.float32], method: str) -> Found:
+        """The keys that an index finds, on the CPU, as rows of the layer.
 
         Args:
+            method: Which of `indexes`; nothing is found where there is none of it.
             rows: [n_kv_heads, n_rows, head_dim].
         """
         n_kv, n_rows, _ = rows.shape
-        k = 0 if self.index is None else min(int(self.budget.max()), self.index.n_keys)
+        index = self.indexes.get(method)
+        k = 0 if index is None else min(int(self.budget.max()), index.n_keys)
         scores = torch.full((n_kv, n_rows, k), -torch.inf)
         ids = torch.full((n_kv, n_rows, k), -1, dtype=torch.int64)
-        if k and n_rows and self.index is not None:
+        if k and n_rows and index is not None:
             heads = np.flatnonzero(self.budget)
-            found = self.index.search(np.ascontiguousarray(rows[heads]), k=k)
+            found = index.search(np.ascontiguousarray(rows[heads]), k=k)
             past = (np.arange(k) >= self.budget[heads, None, None]) | (found.ids < 0)
             ids[heads] = torch.from_numpy(np.where(past, -1, found.ids.astype(np.int64) + self.index_start))
             scores[heads] = torch.from_numpy(np.where(past, np.float32(-np.inf), found.scores))

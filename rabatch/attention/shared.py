@@ -12,7 +12,7 @@ from rabatch.attention.merge import Partial
 from rabatch.attention.sets import stored_bits
 from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import widen
-from rabatch.index.topk.best import keep_best, rank
+from rabatch.index.topk.best import collect, room_for, settle
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
 
 BLOCK_KEYS = 256  # widened to float32 at once, for all rows: keys and values fit the second-level cache
@@ -108,7 +108,9 @@ def _attend_stretch(  # type: ignore[no-untyped-def]
         for t in range(dim):
             ours[i * dim + t] = queries[i, t]
     sums = np.zeros(n_strips * TILE_ROWS * wide, np.float32)
-    found = np.zeros(n, np.int64)
+    k = scores.shape[1]
+    lists = np.empty((n, room_for(k, stop - start)), np.uint64)
+    kept, bars = np.zeros(n, np.int64), np.full(n, np.float32(-np.inf))
     block_keys = np.empty(BLOCK_KEYS * dim, np.float32)
     block_values = np.zeros(BLOCK_KEYS * wide, np.float32)
     lines, line = np.empty(TILE_ROWS * BLOCK_KEYS, np.float32), np.empty(BLOCK_KEYS, np.float32)
@@ -126,7 +128,7 @@ def _attend_stretch(  # type: ignore[no-untyped-def]
                 add_tile(ours, top * dim, dim, block_keys, p * dim, LANES, lines, p, BLOCK_KEYS, dim, False)  # type: ignore[call-arg]
             for r in range(min(TILE_ROWS, n - top)):
                 i, row = top + r, r * BLOCK_KEYS
-                found[i] = keep_best(lines, row, begin, (0, seen), (scores[i], ids[i]), found[i])
+                kept[i], bars[i] = collect(lines, row, begin, (0, seen), lists[i], kept[i], k, bars[i])
                 if softcap > 0:
                     soften(lines, row, n_panels, softcap, line)
                 lines[row + seen : row + n_panels * LANES] = -np.inf
@@ -143,4 +145,4 @@ def _attend_stretch(  # type: ignore[no-untyped-def]
     for i in range(n):
         for t in range(value_dim):
             out[i, t] = sums[i * wide + t]
-        rank(scores[i], ids[i], found[i])
+        settle(lists[i], kept[i], k, scores[i], ids[i])

@@ -1,4 +1,8 @@
-"""Sparse attention of questions over one context on the CPU: `rabatch.attention.sets` in one compiled pass."""
+"""Sparse attention of questions over one context on the CPU: `rabatch.attention.sets` in one compiled pass.
+
+The rows of a KV head, all query heads and questions, share each load of the static set and of the zones; six rows at a
+time, in registers. What was found, and the tail, are each row's own.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ import torch
 from torch import Tensor
 
 from rabatch.attention.sets import Attended, Found, StaticSet, stored_bits
-from rabatch.index.compiled import compiled, read_only, run_ranges
+from rabatch.index.compiled import compiled, read_only, run_tasks
 from rabatch.index.machine import add_scaled, prefetch
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
 
 _AHEAD = 6  # values whose memory is asked for before they are added
+_BLOCK_ROWS = 48  # rows under way at once: their weights stay in the second-level cache
+_BLOCK_KEYS = 128  # values of the static set that stay in the first-level cache while rows take them
 
 
 def attend_compiled(
@@ -52,124 +58,186 @@ def attend_compiled(
     seen = np.zeros((batch, n_kv, n_static + group * k), np.float32)
     stats = np.zeros((batch, n_kv, 2))
 
-    def attend(start: int, stop: int) -> None:
-        for question, head in (divmod(pair, n_kv) for pair in range(start, stop)):
-            fixed = keys[head], static_values[head], bias[head], of_key[head], zone_keys[head]
-            results = out[question], seen[question, head], stats[question, head]
-            _attend_question(question, head, *inputs, *fixed, codes, *settings, *results)
+    def attend(head: int, first: int, last: int) -> None:
+        fixed = keys[head], static_values[head], bias[head], of_key[head], zone_keys[head]
+        _attend_questions(first, last, head, *inputs, *fixed, codes, *settings, out, seen[:, head], stats[:, head])
 
-    run_ranges(attend, batch * n_kv, threads=threads or torch.get_num_threads(), chunks_per_thread=2)
+    threads = threads or torch.get_num_threads()
+    together = -(-batch * n_kv // (2 * threads))  # more share more loads, fewer keep all threads at work
+    together = max(together, min(-(-TILE_ROWS // (group * q_tokens)), batch))
+    tasks = [(head, first, min(first + together, batch)) for first in range(0, batch, together) for head in range(n_kv)]
+    run_tasks(attend, tasks, threads=threads)
     _add_mass(mass, seen, positions, inputs[2], inputs[-1], group, q_tokens, values.shape[1])
     per_head = stats.sum(1) / (n_kv * group)
     return Attended(torch.from_numpy(out), per_head[:, 0], per_head[:, 1])
 
 
 @compiled
-def _attend_question(  # type: ignore[no-untyped-def]
-    b, head, queries, scores, ids, tail_keys, tail_values, begins, places, counts,
+def _attend_questions(  # type: ignore[no-untyped-def]
+    first, last, head, queries, scores, ids, tail_keys, tail_values, begins, places, counts,
     panels, static_values, bias, of_key, zone_keys, codes, half, softcap, goal, first_row, n_static, out, seen, stats,
 ):  # fmt: skip
-    _, _, group, q_tokens, dim = queries.shape
-    k, n_keys, value_dim = ids.shape[2], codes.shape[1], codes.shape[2]
-    wide = (value_dim + LANES - 1) // LANES * LANES
-    n_fixed, begin = n_static + zone_keys.shape[0], begins[b]
-    n_tail = places[b, counts[b] - 1] + 1 - begin
+    """Questions `first` to `last` - 1 under one KV head, `_BLOCK_ROWS` rows at a time."""
+    group, dim = queries.shape[2], queries.shape[4]
+    k, wide = ids.shape[2], (codes.shape[2] + LANES - 1) // LANES * LANES
+    n_fixed = n_static + zone_keys.shape[0]
     at_found = (n_fixed + LANES - 1) // LANES * LANES
     at_tail = at_found + (k + LANES - 1) // LANES * LANES
-    width = at_tail + (n_tail + LANES - 1) // LANES * LANES
-    ours = np.zeros(TILE_ROWS * dim, np.float32)
-    lines, line = np.zeros(TILE_ROWS * width, np.float32), np.empty(width, np.float32)
-    sums = np.zeros(TILE_ROWS * wide, np.float32)
-    kept, zones = np.zeros(TILE_ROWS, np.int64), np.empty(TILE_ROWS * k, np.int64)
-    per_line = max(64 // codes.itemsize, 1)
-    n = group * counts[b]
-    for top in range(0, n, TILE_ROWS):
-        for r in range(min(TILE_ROWS, n - top)):
-            for t in range(dim):
-                ours[r * dim + t] = queries[head, b, (top + r) % group, (top + r) // group, t]
-        for p in range(0, at_found, LANES):
-            add_tile(ours, 0, dim, panels, p * dim, LANES, lines, p, width, dim, False)  # type: ignore[call-arg]
-        for r in range(min(TILE_ROWS, n - top)):
-            g, token, row = (top + r) % group, (top + r) // group, r * width
-            item = (b * group + g) * q_tokens + token
-            found, own = row + at_found, row + at_tail
-            lines[found : row + width] = -np.inf
-            n_found = 0
-            while n_found < k and ids[head, item, n_found] >= 0:
-                lines[found + n_found] = scores[head, item, n_found]
-                n_found += 1
-            for j in range(places[b, token] + 1 - begin):
-                product = np.float32(0)
+    longest, n_rows = 0, 0
+    for b in range(first, last):
+        longest = max(longest, places[b, counts[b] - 1] + 1 - begins[b])
+        n_rows += group * counts[b]
+    width = at_tail + (longest + LANES - 1) // LANES * LANES
+    room = min((n_rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS, _BLOCK_ROWS)
+    rows = np.zeros((room, 3), np.int64)  # question, token, query head within the group
+    ours, sums = np.zeros(room * dim, np.float32), np.zeros(room * wide, np.float32)
+    lines, line = np.zeros(room * width, np.float32), np.empty(width, np.float32)
+    kept, zones = np.zeros(room, np.int64), np.empty((room, k), np.int64)
+    n = 0
+    for b in range(first, last):
+        for i in range(group * counts[b]):
+            rows[n, 0], rows[n, 1], rows[n, 2] = b, i // group, i % group
+            n += 1
+            if n < room and (b < last - 1 or i < group * counts[b] - 1):
+                continue
+            for r in range(n):
+                query = queries[head, rows[r, 0], rows[r, 2], rows[r, 1]]
                 for t in range(dim):
-                    product += ours[r * dim + t] * tail_keys[b, head, begin + j, t]
-                lines[own + j] = product
-            if softcap > 0:
-                soften(lines, row, width // LANES, softcap, line)
-            for j in range(at_found):
-                lines[row + j] += bias[j]
-            best = greatest(lines, row, width // LANES)  # type: ignore[call-arg, var-annotated]
-            total = exp_minus(lines, row, width // LANES, best)  # type: ignore[call-arg, var-annotated]
-            certain = np.float32(0)
-            for j in range(n_static):
-                certain += lines[row + j]
-            for j in range(places[b, token] + 1 - begin):
-                certain += lines[own + j]
-            for j in range(n_found):  # a key that is found is taken out of its zone
-                zones[r * k + j] = -1
-                at = ids[head, item, j] - first_row
-                if 0 <= at < of_key.shape[0] and ids[head, item, j] < n_keys:
-                    zones[r * k + j] = of_key[at]
-                    total -= lines[row + n_static + of_key[at]] / zone_keys[of_key[at]]
-            attended = certain
-            kept[r] = n_found
-            if goal < 1:
-                wanted = goal * total
-                for j in range(n_found):
-                    if attended >= wanted:
-                        kept[r] = j
-                        break
-                    attended += lines[found + j]
-                for j in range(kept[r], n_found):
-                    total -= lines[found + j]
-                    if zones[r * k + j] >= 0:
-                        total += lines[row + n_static + zones[r * k + j]] / zone_keys[zones[r * k + j]]
-            else:
-                for j in range(n_found):
-                    attended += lines[found + j]
-            stats[0] += n_static
-            stats[1] += attended / total
-            for j in range(row, row + width):
-                lines[j] /= total
-        for t in range(0, wide, LANES):
-            add_tile(lines, 0, width, static_values, t, wide, sums, t, wide, n_fixed, False)  # type: ignore[call-arg]
-        for r in range(min(TILE_ROWS, n - top)):
-            g, token, row = (top + r) % group, (top + r) // group, r * width
-            item = (b * group + g) * q_tokens + token
-            result = out[token, head * group + g]
+                    ours[r * dim + t] = query[t]
+            for at in range(0, at_found, LANES):
+                for top in range(0, n, TILE_ROWS):
+                    add_tile(  # type: ignore[call-arg]
+                        ours, top * dim, dim, panels, at * dim, LANES, lines, top * width + at, width, dim, False
+                    )
+            for r in range(n):
+                question = rows[r, 0]
+                weigh = _weigh(
+                    lines, r * width, line, ours, r * dim, rows[r], group, head, scores, ids, tail_keys, begins, places,
+                    counts, bias, of_key, zone_keys, zones[r], softcap, goal, first_row, n_static, codes.shape[1],
+                    (at_found, at_tail, at_tail + (longest + LANES - 1) // LANES * LANES), seen[question],
+                )  # fmt: skip
+                kept[r] = weigh[0]
+                stats[question, 0] += weigh[1]
+                stats[question, 1] += weigh[2]
+            sums[:] = 0
+            for at in range(0, n_fixed, _BLOCK_KEYS):
+                depth = min(_BLOCK_KEYS, n_fixed - at)
+                for top in range(0, n, TILE_ROWS):
+                    for t in range(0, wide, LANES):
+                        add_tile(  # type: ignore[call-arg]
+                            lines, top * width + at, width, static_values, at * wide + t, wide,
+                            sums, top * wide + t, wide, depth, True,
+                        )  # fmt: skip
+            for r in range(n):
+                question, token, g = rows[r]
+                result = out[question, token, head * group + g]
+                for t in range(codes.shape[2]):
+                    result[t] = sums[r * wide + t]
+                weights = lines[r * width : (r + 1) * width]
+                item = (question * group + g) * queries.shape[3] + token
+                _add_found(result, weights, at_found, ids[head, item], kept[r], zones[r], zone_keys, n_static, codes,
+                           head, half, tail_values[question])  # fmt: skip
+                begin = begins[question]
+                for j in range(places[question, token] + 1 - begin):
+                    value, weight = tail_values[question, head, begin + j], weights[at_tail + j]
+                    for t in range(codes.shape[2]):
+                        result[t] += weight * value[t]
+            n = 0
+
+
+@compiled
+def _weigh(  # type: ignore[no-untyped-def]
+    lines, at, line, ours, ours_at, row, group, head, scores, ids, tail_keys, begins, places, counts, bias, of_key,
+    zone_keys, zones, softcap, goal, first_row, n_static, n_keys, ends, seen,
+):  # fmt: skip
+    """Turn the logits of a row over the static set and zones into softmax weights over all that it attends.
+
+    Returns:
+        Found keys that are kept, context keys attended, and the share of the softmax mass that these hold.
+    """
+    b, token, g = row
+    at_found, at_tail, width = ends
+    k, item, begin, dim = ids.shape[2], (b * group + g) * places.shape[1] + token, begins[b], tail_keys.shape[3]
+    n_tail = places[b, token] + 1 - begin
+    found, own = at + at_found, at + at_tail
+    lines[found : at + width] = -np.inf
+    n_found = 0
+    while n_found < k and ids[head, item, n_found] >= 0:
+        lines[found + n_found] = scores[head, item, n_found]
+        n_found += 1
+    for j in range(n_tail):
+        key, product = tail_keys[b, head, begin + j], np.float32(0)
+        for t in range(dim):
+            product += ours[ours_at + t] * key[t]
+        lines[own + j] = product
+    if softcap > 0:
+        soften(lines, at, width // LANES, softcap, line)
+    for j in range(at_found):
+        lines[at + j] += bias[j]
+    best = greatest(lines, at, width // LANES)  # type: ignore[call-arg, var-annotated]
+    total = exp_minus(lines, at, width // LANES, best)  # type: ignore[call-arg, var-annotated]
+    attended = np.float32(0)
+    for j in range(n_static):
+        attended += lines[at + j]
+    for j in range(n_tail):
+        attended += lines[own + j]
+    n_context = n_static
+    for j in range(n_found):  # a key that is found is taken out of its zone
+        zones[j] = -1
+        place = ids[head, item, j] - first_row
+        if 0 <= place < of_key.shape[0] and ids[head, item, j] < n_keys:
+            zones[j] = of_key[place]
+            total -= lines[at + n_static + zones[j]] / zone_keys[zones[j]]
+    kept = n_found
+    if goal < 1:
+        wanted = goal * total
+        for j in range(n_found):
+            if attended >= wanted:
+                kept = j
+                break
+            attended += lines[found + j]
+        for j in range(kept, n_found):
+            total -= lines[found + j]
+            if zones[j] >= 0:
+                total += lines[at + n_static + zones[j]] / zone_keys[zones[j]]
+    else:
+        for j in range(n_found):
+            attended += lines[found + j]
+    for j in range(at, at + width):
+        lines[j] /= total
+    last = token == counts[b] - 1
+    for j in range(kept):
+        if ids[head, item, j] < n_keys:
+            n_context += 1
+            if last:
+                seen[n_static + g * k + j] = lines[found + j]
+    if last:
+        for j in range(n_static):
+            seen[j] += lines[at + j]
+    return kept, n_context, attended / total
+
+
+@compiled
+def _add_found(  # type: ignore[no-untyped-def]
+    result, weights, at_found, ids, kept, zones, zone_keys, n_static, codes, head, half, tail_values
+):
+    """Add the values of the keys that were found: of the context, or past it of the tail."""
+    n_keys, value_dim = codes.shape[1], codes.shape[2]
+    per_line = max(64 // codes.itemsize, 1)
+    for j in range(kept):
+        coming = ids[j + _AHEAD] if j + _AHEAD < kept else -1
+        if 0 <= coming < n_keys:
+            for at in range(0, value_dim, per_line):
+                prefetch(codes, (head * n_keys + coming) * value_dim + at)  # type: ignore[call-arg]
+        weight = weights[at_found + j]
+        if ids[j] >= n_keys:
+            value = tail_values[head, ids[j] - n_keys]
             for t in range(value_dim):
-                result[t] = sums[r * wide + t]
-            for j in range(kept[r]):
-                coming = ids[head, item, j + _AHEAD] if j + _AHEAD < kept[r] else -1
-                if 0 <= coming < n_keys:
-                    for at in range(0, value_dim, per_line):
-                        prefetch(codes, (head * n_keys + coming) * value_dim + at)  # type: ignore[call-arg]
-                weight, zone = lines[row + at_found + j], zones[r * k + j]
-                if ids[head, item, j] >= n_keys:
-                    for t in range(value_dim):
-                        result[t] += weight * tail_values[b, head, ids[head, item, j] - n_keys, t]
-                    continue
-                stats[0] += 1
-                if token == counts[b] - 1:
-                    seen[n_static + g * k + j] = weight
-                if zone >= 0:
-                    weight -= lines[row + n_static + zone] / zone_keys[zone]
-                add_scaled(result, codes, head, ids[head, item, j], weight, half)
-            for j in range(places[b, token] + 1 - begin):
-                for t in range(value_dim):
-                    result[t] += lines[row + at_tail + j] * tail_values[b, head, begin + j, t]
-            if token == counts[b] - 1:
-                for j in range(n_static):
-                    seen[j] += lines[row + j]
+                result[t] += weight * value[t]
+            continue
+        if zones[j] >= 0:
+            weight -= weights[n_static + zones[j]] / zone_keys[zones[j]]
+        add_scaled(result, codes, head, ids[j], weight, half)
 
 
 @compiled

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rabatch.errors import ConfigError
 from rabatch.index import machine
 from rabatch.index.compiled import FAST, run_tasks
-from rabatch.index.topk import lanes
-from rabatch.index.topk.best import push, rank, ranked
+from rabatch.index.topk import best, lanes
+from rabatch.index.topk.best import ranked
 
 TINY = np.float32(2.0**-126)  # what exp_minus gives from -87.34 down
 
@@ -256,19 +256,45 @@ def test_lowest_bit():
             assert lowest_bit(np.int64(bits)) == place
 
 
-# push, rank and ranked
+# collect, cut, settle and ranked
 
 
-def best_of(stream, k):
-    """The k best (id, score) of a stream, entered where they beat the worst, ranked."""
-    scores, ids = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int32)
-    found = 0
+@kernel
+def packed(score, key):
+    return best.packed(score, key)
+
+
+@kernel
+def unpacked(pair):
+    return best.score_of(pair), best.key_of(pair)
+
+
+@kernel
+def cut(pairs, n, k):
+    return best.cut(pairs, n, k)
+
+
+@kernel
+def collected(line, block, k, scores, ids):
+    """The best of a line of scores, entered `block` of them at a time."""
+    pairs = np.empty(best.room_for(k, len(line)), np.uint64)
+    kept, bar = 0, np.float32(-np.inf)
+    for begin in range(0, len(line), block):
+        stop = min(begin + block, len(line))
+        row = begin // 16 * 16
+        kept, bar = best.collect(line, row, row, (begin - row, stop - row), pairs, kept, k, bar)
+    best.settle(pairs, kept, k, scores, ids)
+
+
+def best_of(stream, k, block=48):
+    """The k best (id, score) of a stream of ascending ids; those between have no score."""
+    n = stream[-1][0] + 1 if stream else 0
+    line = np.full(n + -n % 16, -np.inf, np.float32)
     for key, score in stream:
-        if found < k or score > scores[0]:
-            found = push(scores, ids, found, np.float32(score), key)
-    assert found == min(k, len(stream))
+        line[key] = score
+    scores, ids = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int32)
+    collected(line, block, k, scores, ids)
     ids_, scores_ = ranked(torch.from_numpy(ids), torch.from_numpy(scores))
-    rank(scores, ids, found)
     assert (ids.tolist(), scores.tolist()) == (ids_.tolist(), scores_.tolist())
     return list(zip(ids.tolist(), scores.tolist(), strict=True))
 
@@ -281,18 +307,19 @@ def sorted_best(stream, k):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_the_heap_keeps_the_best(data):
+def test_the_list_keeps_the_best(data):
     """Of ids that ascend, with gaps, and scores full of ties: the k best, ties to the lower id."""
     scores = data.draw(st.lists(st.one_of(st.integers(-3, 3), st.floats(-1e6, 1e6, width=32)), max_size=80))
     ids = np.cumsum(data.draw(st.lists(st.integers(1, 9), min_size=len(scores), max_size=len(scores)))).tolist()
     k = data.draw(st.integers(1, 40))
     stream = [(int(key), float(score)) for key, score in zip(ids, scores, strict=True)]
-    assert best_of(stream, k) == sorted_best(stream, k)
+    block = data.draw(st.sampled_from([7, 16, 48, 1000]))
+    assert best_of(stream, k, block) == sorted_best(stream, k)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 32])
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "zigzag"])
-def test_the_heap_in_order(order, k):
+def test_the_list_in_order(order, k):
     scores = {
         "rising": np.arange(100.0),
         "falling": -np.arange(100.0),
@@ -301,6 +328,32 @@ def test_the_heap_in_order(order, k):
     }[order]
     stream = list(enumerate(scores.tolist()))
     assert best_of(stream, k) == sorted_best(stream, k)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_cut_brings_the_greatest_to_the_front(data):
+    numbers = data.draw(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 80), min_size=2, max_size=60, unique=True))
+    k = data.draw(st.integers(1, len(numbers) - 1))
+    pairs = np.array([*numbers, 2**64 - 1], np.uint64)  # what lies behind the n is not looked at
+    least = cut(pairs, len(numbers), k)
+    expected = sorted(numbers, reverse=True)[:k]
+    assert sorted(pairs[:k].tolist(), reverse=True) == expected
+    assert int(least) == expected[-1]
+    assert sorted(pairs[:-1].tolist()) == sorted(numbers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(scores=st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=2), key=st.integers(0, 2**31 - 1))
+def test_pairs_are_ordered_as_scores_then_as_ids(scores, key):
+    a, b = (np.float32(score) for score in scores)
+    assert unpacked(np.uint64(packed(a, key))) == (a, key)
+    assert (packed(a, key) > packed(b, key)) == (a > b)
+    assert packed(a, key) > packed(a, key + 1)
+
+
+def test_both_zeros_are_one_score():
+    assert packed(np.float32(-0.0), 3) > packed(np.float32(0.0), 4)
 
 
 def test_ranked_puts_what_is_missing_last():

@@ -71,7 +71,7 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return [(row["status"], row["answer"], row["finish_reason"]) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["dense", "graph", "flat", "streaming"])
+@pytest.mark.parametrize("method", ["dense", "graph", "scan", "flat", "streaming"])
 def test_the_budget_changes_no_answer(stored: Stored, method: Any) -> None:
     """All in memory, layer by layer, and in between."""
     recipe = Recipe(method=method, top_k=32)
@@ -126,8 +126,8 @@ def test_layers_count_all_they_hold_and_answering_adds_nothing(stored: Stored, r
         before = pool.held_bytes
         for layer in context.layers:
             least = 2 * layer.keys.nbytes
-            if layer.index is not None:
-                least += round(layer.index.bytes_per_key * layer.index.n_keys * layer.index.n_heads)
+            for index in layer.indexes.values():
+                least += round(index.bytes_per_key * index.n_keys * index.n_heads)
             assert bytes_of(layer) >= least
         answer_batch(context, stored.questions["a"], recipe, GREEDY)
         assert sum(bytes_of(layer) for layer in context.layers) == pytest.approx(before, rel=0.01)
@@ -142,7 +142,7 @@ def test_indexes_of_one_identity_only_share_layers(stored: Stored) -> None:
             layers.append(context.layers[0])
     assert layers[0] is layers[1]
     assert len({id(layer) for layer in layers}) == 3
-    assert layers[2].index is None
+    assert not layers[2].indexes
     assert not torch.equal(layers[0].keys[:, :900], layers[3].keys[:, :900])
 
 

@@ -105,7 +105,7 @@ def test_inspect(cli, demo_store):
     code, out, _ = cli("inspect", "--store", demo_store.store, "--json")
     found = json.loads(out)["documents"]
     assert sum(row["context_tokens"] for row in found) == demo_store.built.tokens
-    assert {row["index"] for row in found} == {"graph"}
+    assert {row["index"] for row in found} == {"graph+scan"}
 
 
 def test_verify_names_what_is_wrong(cli, demo_store, tmp_path):

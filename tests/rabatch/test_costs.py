@@ -31,7 +31,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "_seconds", {})
 
 
-@pytest.mark.parametrize("faster", ["dense", "graph"])
+@pytest.mark.parametrize("faster", ["dense", "graph", "scan"])
 def test_the_faster_way_is_taken_and_named(stored: Stored, faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, store, manifest, questions = stored
     asked: list[tuple[str, int, int]] = []

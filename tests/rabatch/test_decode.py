@@ -56,7 +56,7 @@ def answers(rows: list[dict]) -> dict[str, str]:
 def test_answers_are_right_and_streaming_is_not(stored: Stored) -> None:
     questions = stored[3]
     right = {}
-    for method in ("dense", "flat", "graph", "streaming"):
+    for method in ("dense", "flat", "graph", "scan", "streaming"):
         recipe = Recipe(method=method, top_k=32)
         rows = answer_batch(context_of(stored, recipe), questions, recipe, GREEDY)
         assert [row["question_id"] for row in rows] == [q["question_id"] for q in questions]
@@ -65,10 +65,11 @@ def test_answers_are_right_and_streaming_is_not(stored: Stored) -> None:
     assert right["dense"] >= 11
     assert right["graph"] >= right["dense"] - 1
     assert right["flat"] >= right["dense"] - 1
+    assert right["scan"] >= right["dense"] - 1
     assert right["streaming"] <= 5
 
 
-@pytest.mark.parametrize("method", ["dense", "graph"])
+@pytest.mark.parametrize("method", ["dense", "graph", "scan"])
 def test_order_batch_and_company_do_not_change_answers(stored: Stored, method: str) -> None:
     questions, recipe = stored[3], Recipe(method=method, top_k=32)
     context = context_of(stored, recipe)
@@ -97,6 +98,7 @@ def test_answering_never_changes_what_is_stored(stored: Stored) -> None:
 def test_attended_share_counts_static_set_and_top_k(stored: Stored) -> None:
     n = stored[2].context_tokens
     expected = {"dense": 1.0, "streaming": (16 + 128) / n, "flat": (16 + 128 + 20) / n, "graph": (16 + 128 + 20) / n}
+    expected["scan"] = expected["graph"]
     for method, share in expected.items():
         recipe = Recipe(method=method, top_k=20, budget="fixed")
         rows = answer_batch(context_of(stored, recipe), stored[3][:3], recipe, GREEDY)
@@ -232,6 +234,37 @@ def test_graph_needs_a_graph(stored: Stored, tmp_path: Path) -> None:
     assert [row["status"] for row in rows] == ["ok", "ok"]
 
 
+@pytest.mark.parametrize(("held", "lacked"), [("graph", "scan"), ("scan", "graph")])
+def test_an_index_holds_what_was_built(stored: Stored, tmp_path: Path, held: str, lacked: str) -> None:
+    loaded = stored[0]
+    store = new_store(tmp_path)
+    build = BuildConfig(sink_tokens=16, window_tokens=128, index=held)  # type: ignore[arg-type]
+    manifest = store_document(loaded, store, stored[4], build)
+    with pytest.raises(FingerprintError, match=f"holds no {lacked}; use flat, or build with --index graph"):
+        open_context(store, manifest, loaded, Recipe(method=lacked))  # type: ignore[arg-type]
+    recipe = Recipe(method=held, top_k=32)  # type: ignore[arg-type]
+    rows = answer_batch(open_context(store, manifest, loaded, recipe), stored[3], recipe, GREEDY)
+    both = answer_batch(context_of(stored, recipe), stored[3], recipe, GREEDY)
+    assert answers(rows) == answers(both)
+    assert set(open_context(store, manifest, loaded, Recipe(method="auto")).layers[0].indexes) == {held}
+
+
+def test_a_scan_finds_most_of_the_exact_best(stored: Stored) -> None:
+    recipe = Recipe(method="scan", top_k=32, budget="fixed")
+    context = context_of(stored, recipe)
+    for layer in context.layers:
+        index = layer.indexes["scan"]
+        assert (index.exceptions >= 0).sum() == 2 * 128  # it is no exact search of a short document
+        queries = np.ascontiguousarray(index.keys.decode()[:, ::90] * 3)
+        exact = np.argsort(-np.einsum("hqd,hkd->hqk", queries, index.keys.decode()), axis=2)[:, :, :32]
+        found = index.search(queries, k=32).ids
+        shares = [
+            len(set(a) & set(b)) / 32
+            for a, b in zip(found.reshape(-1, 32).tolist(), exact.reshape(-1, 32).tolist(), strict=True)
+        ]
+        assert np.mean(shares) > 0.9
+
+
 def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -> None:
     loaded, _, _, _, text = stored
     store = new_store(tmp_path)
@@ -248,7 +281,7 @@ def test_a_flipped_byte_is_never_answered_from(stored: Stored, tmp_path: Path) -
 def test_padding_queries_count_nothing() -> None:
     """Two questions of different length get the same share as alone."""
     keys = torch.randn(1, 50, 4)
-    layer = ContextLayer(keys, keys, 0, 10, 40, None, np.zeros(1, np.int64))
+    layer = ContextLayer(keys, keys, 0, 10, 40, np.zeros(1, np.int64))
     attention = QuestionAttention([layer], context_tokens=50, slots=2, recipe=Recipe(method="streaming"))
     query, tail = torch.randn(2, 2, 5, 4), torch.randn(2, 1, 5, 4)
     attention.begin(0, [5, 2], question=True)
@@ -258,7 +291,7 @@ def test_padding_queries_count_nothing() -> None:
     assert [attention.seen(slot).attended_share for slot in (0, 1)] == pytest.approx([0.4, 0.4])
 
 
-@pytest.mark.parametrize("method", ["dense", "graph"])
+@pytest.mark.parametrize("method", ["dense", "graph", "scan"])
 @pytest.mark.parametrize("slots", [1, 3, 5])
 def test_a_free_slot_takes_the_next_question(stored: Stored, method: str, slots: int) -> None:
     """Of 12 questions with answers of unlike length: the same rows as with a slot for each."""

@@ -69,7 +69,7 @@ def test_dense_equals_transformers(setting: tuple) -> None:
         torch.testing.assert_close(found[row], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["flat", "graph"])
+@pytest.mark.parametrize("method", ["flat", "graph", "scan"])
 @pytest.mark.parametrize("question_attention", ["index", "exact"])
 def test_full_budget_equals_dense(setting: tuple, method: str, question_attention: str) -> None:
     dense = tail_logits(*opened(setting, method="dense")[:1], tails(setting[1]), Recipe(method="dense"), STEPS)

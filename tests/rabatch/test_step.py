@@ -201,3 +201,15 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(found.out, results[0][0].out)
         assert np.array_equal(mass, results[0][1])
         assert np.array_equal(found.share, results[0][0].share)
+
+
+@pytest.mark.parametrize("goal", [1.0, 0.8])
+def test_more_rows_and_keys_than_a_block_holds(goal: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("N_KEYS", 400), ("N_STATIC", 300), ("INDEXED", 100)):
+        monkeypatch.setitem(globals(), name, value)
+    made = case(torch.bfloat16, group=5, q_tokens=23, k=9, n_zones=40, begins=True)
+    expected, expected_mass = run(attend_sets, made, goal=goal)
+    found, mass = run(attend_compiled, made, goal=goal, threads=2)
+    torch.testing.assert_close(found.out, expected.out, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(mass, expected_mass, atol=1e-5)
+    np.testing.assert_allclose(found.share, expected.share, rtol=1e-5)

@@ -10,6 +10,7 @@ import torch
 from rabatch.storage.blocks import PROFILE_NUMBERS
 from rabatch.storage.manifest import Geometry, Manifest, fingerprint_of, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
+from rabatch.storage.scan_codes import ScanCodes
 from rabatch.storage.store import IndexStore
 
 FIELDS = {"format_version": 1, "model": "tiny", "dtype": "bfloat16", "scale": 0.25}
@@ -22,7 +23,7 @@ GEOMETRY = Geometry(
     kv_dtype="bfloat16",
     sink_tokens=3,
     window_tokens=5,
-    index="graph",
+    index="graph+scan",
     degree=4,
     sliding_windows=(0, 6, 0),
 )
@@ -50,6 +51,7 @@ def make_block(
     index_start: int = 3,
     index_rows: int = 12,
     n_entries: int = 3,
+    coded: bool | None = None,
     n_zones: int | None = 4,
     profiled: bool = True,
     first_position: int = 0,
@@ -57,11 +59,15 @@ def make_block(
 ) -> LayerBlock:
     torch_random, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     keys, values = (torch.randn(n_heads, rows, head_dim, generator=torch_random).to(dtype) for _ in range(2))
-    neighbors = entries = zones = profile = None
+    neighbors = entries = scan = zones = profile = None
+    coded = degree is not None if coded is None else coded  # unless told, with a graph and only then
     if degree is not None:
         neighbors = random.integers(-1, max(index_rows, 0), (n_heads, index_rows, degree)).astype(np.int32)
         n_entries = n_entries if index_rows else 0
         entries = random.integers(0, max(index_rows, 1), (n_heads, n_entries)).astype(np.int32)
+    if coded:
+        scan = make_codes(random, n_heads, index_rows, head_dim)
+    if degree is not None or coded:
         if n_zones is not None:
             zones = random.integers(0, max(min(n_zones, index_rows), 1), (n_heads, index_rows)).astype(np.int32)
         if profiled:
@@ -74,9 +80,23 @@ def make_block(
         values=values,
         neighbors=neighbors,
         entries=entries,
+        scan=scan,
         zones=zones,
         profile=profile,
-        index_start=index_start if degree is not None else 0,
+        index_start=index_start if degree is not None or coded else 0,
+    )
+
+
+def make_codes(random: np.random.Generator, n_heads: int, index_rows: int, head_dim: int) -> ScanCodes:
+    n_codes = -(-head_dim // 2)
+    exceptions = np.full((n_heads, 3), -1, np.int32)
+    for ids in exceptions[:, : min(3, index_rows)]:
+        ids[:] = random.choice(index_rows, len(ids), replace=False)
+    return ScanCodes(
+        codes=random.integers(0, 256, (n_heads, index_rows, -(-n_codes // 2)), np.uint8),
+        books=random.standard_normal((n_heads, n_codes, 16, 2), np.float32),
+        exceptions=exceptions,
+        to_query=random.standard_normal((n_heads, head_dim, head_dim), np.float32),
     )
 
 
@@ -103,7 +123,8 @@ def make_blocks(context_tokens: int = 20, geometry: Geometry = GEOMETRY, seed: i
                 rows=rows,
                 head_dim=geometry.head_dim,
                 dtype=getattr(torch, geometry.kv_dtype),
-                degree=None if sliding or geometry.index == "none" else geometry.degree,
+                degree=geometry.degree if geometry.holds("graph") and not sliding else None,
+                coded=geometry.holds("scan") and not sliding,
                 index_start=start,
                 index_rows=index_rows,
                 first_position=context_tokens - rows,

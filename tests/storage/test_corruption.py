@@ -116,6 +116,30 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_refused(tmp_path: Path) -> None
             Manifest.from_json(bytes(changed), name="some-path")
 
 
+@pytest.mark.parametrize("where", ["local", "elsewhere"])
+def test_a_damaged_footer_that_nobody_checked_is_refused(tmp_path: Path, where: str) -> None:
+    """Without a digest Arrow sees it first, and there are questions about a damaged footer that end the process."""
+    store = IndexStore(tmp_path if where == "local" else f"memory://{tmp_path.name}", create=True)
+    manifest, blocks = prepare(store)
+    part = next(part for part in manifest.parts if part.layer == 0)
+    data, choose = store.folder.read(part.path), random.Random(2)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    refused = []
+    for _ in range(400):
+        changed = bytearray(data)
+        for _ in range(choose.randrange(1, 4)):
+            changed[choose.randrange(footer, len(data))] ^= 1 << choose.randrange(8)
+        store.folder.write(part.path, bytes(changed))
+        try:
+            store.read_layer(manifest, 0, check=False)
+        except StoreError as error:
+            refused.append(str(error))
+    assert all(part.path in message for message in refused)
+    assert len(refused) > 200  # the rest changed what has no meaning here, as the name of the writer
+    store.folder.write(part.path, data)
+    assert store.read_layer(manifest, 0, check=False).equals(blocks[0])
+
+
 # Files that are small and would become large.
 
 

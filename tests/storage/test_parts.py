@@ -1,5 +1,6 @@
 """Save equals load, and nothing but a sound part is read."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,8 +14,14 @@ from storage_samples import make_block, make_tokens
 
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.parts import LayerBlock, decode_layer, decode_tokens, encode_layer, encode_tokens
+from rabatch.storage.scan_codes import ScanCodes
 
 NAMED = {"fingerprint": "f" * 64, "document_key": "d" * 32}
+BARE = {"neighbors": None, "entries": None, "scan": None}
+
+
+def codes(**change: np.ndarray) -> ScanCodes:
+    return dataclasses.replace(make_block().scan, **change)
 
 
 @st.composite
@@ -28,6 +35,7 @@ def blocks(draw: st.DrawFn) -> LayerBlock:
         head_dim=draw(st.integers(1, 33)),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         degree=draw(st.none() | st.integers(1, 9)),
+        coded=draw(st.booleans()),
         index_start=index_start,
         index_rows=draw(st.integers(0, rows - index_start)),
         n_entries=draw(st.integers(0, 4)),
@@ -64,6 +72,9 @@ def test_loading_gives_the_numbers_that_were_saved() -> None:
     assert back.profile is not None
     assert (back.zones.tolist(), back.profile.tolist()) == (block.zones.tolist(), block.profile.tolist())
     assert (back.zones.dtype, back.profile.dtype) == (np.int32, np.float32)
+    for name, array in vars(block.scan).items():
+        stored = getattr(back.scan, name)
+        assert (stored.tolist(), stored.dtype) == (array.tolist(), array.dtype)
     changed = block.keys.clone()
     changed[1, 4, 2] += 1
     assert not back.equals(make_block(rows=5, index_start=1, index_rows=3, degree=2, head_dim=3, seed=1))
@@ -101,13 +112,24 @@ def test_equality_sees_zones_and_profiles() -> None:
             assert not block.equals(LayerBlock(**{**vars(block), name: other}))
 
 
+def test_equality_sees_codes() -> None:
+    block = make_block()
+    assert not LayerBlock(**{**vars(block), "scan": None}).equals(block)
+    for name, array in vars(block.scan).items():
+        changed = array.copy()
+        changed[1, -1] += 1
+        other = LayerBlock(**{**vars(block), "scan": dataclasses.replace(block.scan, **{name: changed})})
+        assert not other.equals(block)
+        assert not block.equals(other)
+
+
 def test_parts_of_before_zones_are_read() -> None:
-    """Parts written before there were zones and profiles lack the keys."""
-    block = make_block(n_zones=None, profiled=False)
-    stored = _without(encode_layer(block, **NAMED), "zone_width", "n_zones", "profile")
+    """Parts written before there were zones, profiles and codes lack the keys."""
+    block = make_block(n_zones=None, profiled=False, coded=False)
+    stored = _without(encode_layer(block, **NAMED), "zone_width", "n_zones", "profile", "code_width")
     back = decode_layer(stored, name="part", expect=NAMED)
     assert back.equals(block)
-    assert (back.zones, back.profile) == (None, None)
+    assert (back.zones, back.profile, back.scan) == (None, None, None)
 
 
 def _without(stored: pa.Buffer, *keys: str) -> pa.Buffer:
@@ -131,7 +153,7 @@ def test_damaged_zones_are_refused(row: int, zone: int) -> None:
     def change(i: int, table: pa.Table) -> pa.Table:
         zones = [value.as_py() for value in table.column("zone")]
         zones[row] = zone.to_bytes(2, "little") if i == 1 else zones[row]
-        return table.set_column(4, table.field(4), pa.array(zones, pa.binary(2)))
+        return table.set_column(5, table.field(5), pa.array(zones, pa.binary(2)))
 
     with pytest.raises(IntegrityError, match="zone"):
         decode_layer(_rewritten({}, table_change=change), name="p")
@@ -154,7 +176,7 @@ def test_a_view_of_a_larger_tensor_is_stored_as_it_reads() -> None:
 
 def test_layout_is_the_documented_one() -> None:
     file = pq.ParquetFile(pa.BufferReader(encode_layer(make_block(), **NAMED)))
-    assert file.schema_arrow.names == ["position", "key", "value", "neighbors", "zone"]
+    assert file.schema_arrow.names == ["position", "key", "value", "neighbors", "code", "zone"]
     assert file.metadata.num_row_groups == 2
     assert file.metadata.row_group(0).num_rows == 20
     chunk = file.metadata.row_group(1).column(1)
@@ -165,11 +187,12 @@ def test_layout_is_the_documented_one() -> None:
     none = file.read_row_group(0).column("neighbors")[0].as_py()
     assert none == b"\xff" * 8  # a sink row is outside the index
     assert file.read_row_group(0).column("zone")[0].as_py() == b"\xff\xff"
+    assert file.read_row_group(0).column("code")[0].as_py() == b"\0\0"
 
 
 def test_split_covers_the_heads() -> None:
     block = make_block(n_heads=5)
-    pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4 + 4)))
+    pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4 + 4 + 2)))
     assert [(p.head_start, p.head_stop) for p in pieces] == [(0, 2), (2, 4), (4, 5)]
     assert [p.n_heads for p in block.split(max_bytes=1)] == [1] * 5
     assert len(list(block.split())) == 1
@@ -192,8 +215,18 @@ def test_split_covers_the_heads() -> None:
         ({"zones": np.full((2, 12), -1, np.int32)}, "zones"),
         ({"zones": np.zeros((2, 11), np.int32)}, "zones"),
         ({"zones": np.zeros((2, 12), np.int64)}, "zones"),
-        ({"neighbors": None, "entries": None, "profile": None, "zones": np.zeros((2, 0), np.int32)}, "zones"),
-        ({"neighbors": None, "entries": None, "zones": None}, "profile"),
+        ({**BARE, "profile": None, "zones": np.zeros((2, 0), np.int32)}, "zones"),
+        ({**BARE, "zones": None}, "profile"),
+        ({"scan": codes(codes=np.zeros((2, 11, 2), np.uint8))}, "codes"),
+        ({"scan": codes(codes=np.zeros((2, 12, 3), np.uint8))}, "codes"),
+        ({"scan": codes(codes=np.zeros((2, 12, 2), np.int8))}, "codes"),
+        ({"scan": codes(books=np.zeros((2, 4, 16, 3), np.float32))}, "books"),
+        ({"scan": codes(books=np.full((2, 4, 16, 2), np.inf, np.float32))}, "books"),
+        ({"scan": codes(to_query=np.zeros((2, 8, 7), np.float32))}, "to_query"),
+        ({"scan": codes(to_query=np.zeros((1, 8, 8), np.float32))}, "to_query"),
+        ({"scan": codes(exceptions=np.array([[0, 1], [3, 3]], np.int32))}, "exceptions"),
+        ({"scan": codes(exceptions=np.array([[0, 1], [3, 12]], np.int32))}, "exceptions"),
+        ({"scan": codes(exceptions=np.array([[0, 1], [3, -2]], np.int32))}, "exceptions"),
         ({"profile": np.zeros((2, 10), np.float32)}, "profile"),
         ({"profile": np.zeros((2, 11))}, "profile"),
         ({"profile": np.full((2, 11), np.nan, np.float32)}, "profile"),
@@ -258,6 +291,21 @@ def _rewritten(change: dict, drop_group: bool = False, table_change: object = No
         ("n_zones", 13),
         ("n_zones", -1),
         ("n_zones", "4"),
+        ("code_width", 0),
+        ("code_width", 1),
+        ("code_width", None),
+        ("code_width", True),
+        ("books", None),
+        ("books", "AAAA"),
+        ("books", "%%%"),
+        ("to_query", ""),
+        ("to_query", [1.0]),
+        ("exceptions", [[0], [12]]),
+        ("exceptions", [[0], [-2]]),
+        ("exceptions", [[0, 0], [1, 2]]),
+        ("exceptions", [[0]]),
+        ("exceptions", [[0], ["x"]]),
+        ("exceptions", [[0], [2**40]]),
         ("profile", [[0.5] * 11]),
         ("profile", [[0.5] * 11, [0.5] * 10]),
         ("profile", [[0.5] * 10] * 2),

@@ -1,0 +1,163 @@
+"""The search of a scan: sums of table lookups for all keys, exact scores for the best of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rabatch.index.compiled import compiled
+from rabatch.index.lookup import KEYS_PER_BLOCK, MAX_LEVEL, above_sums, add_lookups
+from rabatch.index.machine import dot, prefetch
+from rabatch.index.topk.best import cut, key_of, packed, score_of, settle
+from rabatch.index.topk.lanes import lowest_bit
+
+_AHEAD = 8  # candidates whose memory is asked for before they are scored
+_COUNTED = 16384
+_MAXIMA = 3  # of groups of keys, for each key wanted: more cost more to make, fewer say less
+
+
+@compiled
+def fill_tables(query, books, tables):  # type: ignore[no-untyped-def]
+    """What each word of each code adds to a key's score, in whole numbers from 0: [2 * n_bytes, 2, 16], flat, uint8.
+
+    A unit is worth the same in all codes, so that sums can be compared; what a code adds at least is left out.
+
+    Args:
+        query: [2 * n_codes], float32, aligned.
+        books: [n_codes, 16, 2], float32.
+    """
+    n_codes = books.shape[0]
+    level = np.float32(min(MAX_LEVEL, 32767 // (2 * ((n_codes + 1) // 2))))
+    products = np.empty((n_codes, 16), np.float32)
+    widest = np.float32(0)
+    for code in range(n_codes):
+        a, b = query[2 * code], query[2 * code + 1]
+        low, high = np.float32(np.inf), np.float32(-np.inf)
+        for word in range(16):
+            x = a * books[code, word, 0] + b * books[code, word, 1]
+            products[code, word] = x
+            low, high = min(low, x), max(high, x)
+        for word in range(16):
+            products[code, word] -= low
+        widest = max(widest, high - low)
+    scale = level / widest if widest > 0 else np.float32(0)
+    tables[:] = 0
+    for code in range(n_codes):
+        for word in range(16):
+            number = np.uint8(products[code, word] * scale + np.float32(0.5))
+            tables[32 * code + word] = number
+            tables[32 * code + 16 + word] = number
+
+
+@compiled
+def greatest_bar(numbers, wanted):  # type: ignore[no-untyped-def]
+    """The greatest number that at least `wanted` of `numbers` exceed; -1 if no greater one does.
+
+    Args:
+        numbers: int16, -1 for none.
+    """
+    low, high = -1, 32767  # exceeded by enough (or -1), exceeded by too few
+    while high - low > 1:
+        middle = (low + high) // 2
+        count = 0
+        for first in range(0, len(numbers), _COUNTED):
+            some = numbers[first : first + _COUNTED]
+            few = np.int16(0)  # as wide as what is counted: twice as fast as a sum of more bits
+            for number in some:
+                few += np.int16(number > np.int16(middle))
+            count += int(few)
+        if count >= wanted:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def scan_range(  # type: ignore[no-untyped-def]
+    codes, books, to_query, exceptions, excluded, keys, queries, prepared, half, efforts, start, stop, scores, ids
+):
+    """Search pairs (head, query) number `start` to `stop`.
+
+    Args:
+        codes: [n_heads, ...], uint8: of each head as `lookup.blocked` lays them out.
+        books: [n_heads, n_codes, 16, 2], float32.
+        to_query: [n_heads, head_dim, head_dim], float32, of the alignments.
+        exceptions: [n_heads, n_exceptions], int32, keys that are scored exactly for every query; -1 for none.
+        excluded: [n_heads, n_keys], bool: the exceptions again.
+        keys: `KeyCodes.codes`.
+        queries: [n_heads, n_queries, head_dim], float32.
+        prepared, half: The queries as `KeyCodes.prepare` gives them, and whether bits of keys are float16.
+        efforts: int64 [n_heads], keys scored exactly beside the exceptions; at least k and fewer than n_keys.
+        scores, ids: [n_heads, n_queries, k], written. Scores lack the offset that `KeyCodes.prepare` gave.
+    """
+    n_keys, dim = keys.shape[1], keys.shape[2]
+    n_queries, k = ids.shape[1], ids.shape[2]
+    n_codes, n_exceptions = books.shape[1], exceptions.shape[1]
+    n_bytes = (n_codes + 1) // 2
+    n_blocks = (n_keys + KEYS_PER_BLOCK - 1) // KEYS_PER_BLOCK
+    whole = n_keys // KEYS_PER_BLOCK
+    aligned = np.zeros(2 * n_codes, np.float32)
+    tables = np.empty(64 * n_bytes, np.uint8)
+    sums = np.empty(n_blocks * KEYS_PER_BLOCK, np.int16)
+    for item in range(start, stop):
+        head, row = item // n_queries, item % n_queries
+        query, effort = queries[head, row], efforts[head]
+        for t in range(dim):
+            total = np.float32(0)
+            for u in range(dim):
+                total += to_query[head, t, u] * query[u]
+            aligned[t] = total
+        fill_tables(aligned, books[head], tables)
+        wanted = effort + n_exceptions
+        per_group = max(n_keys // (_MAXIMA * wanted), 1)  # blocks whose keys in the same place make a group
+        maxima = np.full(((n_blocks + per_group - 1) // per_group + 1) * KEYS_PER_BLOCK, -1, np.int16)
+        for block in range(n_blocks):
+            # The last block may hold places without a key: the greatest of it are written aside.
+            group = block // per_group if block < whole else (n_blocks + per_group - 1) // per_group
+            add_lookups(  # type: ignore[call-arg]
+                codes[head],
+                block * KEYS_PER_BLOCK * n_bytes,
+                tables,
+                n_bytes,
+                sums,
+                block * KEYS_PER_BLOCK,
+                maxima,
+                group * KEYS_PER_BLOCK,
+            )
+        bar = greatest_bar(maxima[: len(maxima) - KEYS_PER_BLOCK], wanted)
+        pairs = np.empty(3 * effort + KEYS_PER_BLOCK + n_exceptions, np.uint64)
+        kept = 0
+        for first in range(0, n_blocks * KEYS_PER_BLOCK, KEYS_PER_BLOCK):
+            bits = above_sums(sums, first, np.int16(bar))  # type: ignore[call-arg, var-annotated]
+            while bits:
+                key = first + lowest_bit(bits)  # type: ignore[call-arg]
+                bits &= bits - 1
+                if key < n_keys and not excluded[head, key]:
+                    pairs[kept] = packed(np.float32(sums[key]), key)  # type: ignore[call-arg]
+                    kept += 1
+            if kept > 3 * effort:
+                bar = int(score_of(cut(pairs, kept, effort)))  # type: ignore[call-arg]
+                kept = effort
+        if kept > effort:
+            cut(pairs, kept, effort)
+            kept = effort
+        for j in range(n_exceptions):
+            if exceptions[head, j] >= 0:
+                pairs[kept] = packed(np.float32(0), np.int64(exceptions[head, j]))  # type: ignore[call-arg]
+                kept += 1
+        _score(keys, head, prepared[head, row], half, pairs, kept)
+        settle(pairs, kept, k, scores[head, row], ids[head, row])
+
+
+@compiled
+def _score(keys, head, query, half, pairs, kept):  # type: ignore[no-untyped-def]
+    """Give the keys of `pairs` their exact scores."""
+    n_keys, dim = keys.shape[1], keys.shape[2]
+    per_line = max(64 // keys.itemsize, 1)
+    for j in range(kept):
+        if j + _AHEAD < kept:
+            coming = key_of(pairs[j + _AHEAD])  # type: ignore[call-arg, var-annotated]
+            for at in range(0, dim, per_line):
+                prefetch(keys, (head * n_keys + coming) * dim + at)  # type: ignore[call-arg]
+        key = key_of(pairs[j])  # type: ignore[call-arg, var-annotated]
+        pairs[j] = packed(np.float32(dot(keys, head, key, query, half)), key)  # type: ignore[call-arg]
