@@ -64,7 +64,7 @@ def answer(
         recipe: How the context is attended, or the name of a method.
         generation: Overrides of the model's own generation settings.
         output: Folder (path or URL) for ``answers.parquet`` and ``answers.jsonl``. None: only the result.
-        resources: Actors, their CPUs, GPUs and memory, questions decoded together.
+        resources: Actors, their CPUs, GPUs and memory, questions decoded together, the cache of parts.
         address: Of a Ray cluster. None: an embedded Ray.
         storage_options: Of fsspec, for `questions`, `store` and `output`.
         fingerprint: Answer from these indexes only. None: of each document the newest of this model.
@@ -120,6 +120,8 @@ def answer(
             memory_bytes=resources.memory_bytes,
             sharing=math.ceil(pool / connected.machines),
             sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
+            cache_dir=_cache_folder(resources.cache_dir),
+            cache_bytes=resources.cache_bytes,
         )
         n_questions = sum(len(batch.questions) for batch in open_batches)
         with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
@@ -142,6 +144,11 @@ def answer(
     return _result(
         rows, reused=reused, seconds=time.perf_counter() - began, output=None if output is None else os.fspath(output)
     )
+
+
+def _cache_folder(folder: str | None) -> str | None:
+    """Absolute, for actors work elsewhere; but ``~`` is each machine's own."""
+    return folder if folder is None or folder.startswith("~") else os.path.abspath(folder)
 
 
 def _earlier(folder: Folder, batches: list[Batch]) -> dict[str, Rows]:

@@ -27,6 +27,7 @@ from rabatch.jobs.turns import Turn, Turns
 from rabatch.loading import LoadedModel, load_model
 from rabatch.memory import LayerPool
 from rabatch.records import ANSWERS
+from rabatch.storage.cache import default_cache_folder
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore
@@ -51,6 +52,7 @@ class AnswerSettings:
         slots: Questions of a document decoded at the same time.
         memory_bytes: Of opened indexes that an actor holds. 0: `automatic_budget`.
         sharing, sharing_card: Actors on one machine, and on one card.
+        cache_dir, cache_bytes: Of parts on the actor's machine, as of `Resources`.
     """
 
     model: ModelConfig
@@ -64,6 +66,8 @@ class AnswerSettings:
     memory_bytes: int
     sharing: int
     sharing_card: int
+    cache_dir: str | None = None
+    cache_bytes: int | None = None
 
 
 class AnswerActor:
@@ -86,7 +90,12 @@ class AnswerActor:
             self._pool: LayerPool[ContextLayer] = LayerPool(budget)
         except Exception as error:  # noqa: BLE001 (raised here it would be Ray's, in fifty lines)
             self._fatal = fatal(error, settings.model)
-        self._store = IndexStore(settings.store_url, storage_options=settings.storage_options)
+        self._store = IndexStore(
+            settings.store_url,
+            storage_options=settings.storage_options,
+            cache=settings.cache_dir or default_cache_folder(),
+            cache_bytes=settings.cache_bytes,
+        )
         self._output = None if settings.output is None else Folder(settings.output, **settings.storage_options)
         limit_threads(settings.threads)
 

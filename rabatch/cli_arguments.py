@@ -175,6 +175,10 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group = _add_resources(parser, "--answer-actors")
     _number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
     _number(group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free")
+    group.add_argument("--cache-dir", metavar="DIR", help="keeps parts of a remote store (~/.cache/rabatch/parts)")
+    group.add_argument(
+        "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
+    )
     add_common(parser)
 
 
@@ -274,7 +278,9 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "generation": generation,
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
-        "resources": _resources(arguments, "answer_actors", "questions_per_batch", "memory_bytes"),
+        "resources": _resources(
+            arguments, "answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes"
+        ),
         **_shared_settings(arguments),
     }
 

@@ -250,6 +250,9 @@ class Resources(_Checked):
             as many where the document is larger than `memory_bytes`.
         memory_bytes: Of opened indexes that one answer actor holds in memory. 0: half of what the machine has left,
             in equal parts among the actors on it.
+        cache_dir: Folder on each machine where parts of a store elsewhere are kept for all of its answer actors. None:
+            ``~/.cache/rabatch/parts``.
+        cache_bytes: Of all parts in it together. None: a quarter of what its disk has free; 0: no cache.
     """
 
     prefill_actors: int = 0
@@ -259,11 +262,17 @@ class Resources(_Checked):
     cpus_per_actor: int = 1
     questions_per_batch: int = 16
     memory_bytes: int = 0
+    cache_dir: str | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self._at_least(0, "prefill_actors", "graph_actors", "answer_actors")
         if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
             raise ConfigError("memory_bytes", self.memory_bytes, "must be a whole number of bytes, or 0")
+        if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0):
+            raise ConfigError("cache_bytes", self.cache_bytes, "must be a whole number of bytes, or 0 for no cache")
+        if self.cache_dir is not None and (not self.cache_dir or "://" in self.cache_dir or "\0" in self.cache_dir):
+            raise ConfigError("cache_dir", self.cache_dir, "must be a folder of each machine, not a URL")
         self._at_least(1, "cpus_per_actor", "questions_per_batch")
         if self.gpus_per_actor is not None:
             self._at_least(0, "gpus_per_actor")

@@ -23,6 +23,10 @@ _TRANSIENT_NAMES = {
     *("ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "ResponseStreamingError"),
 }
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE}
+_REFUSED_CODES = {
+    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+    *("AccountProblem", "RequestTimeTooSkewed", "401", "403"),
+}
 _CONFLICT_CODES = {"PreconditionFailed", "412"}
 
 
@@ -45,6 +49,11 @@ def is_conflict(error: BaseException) -> bool:
     return isinstance(error, FileExistsError) or any(_code(cause) in _CONFLICT_CODES for cause in _chain(error))
 
 
+def is_out_of_range(error: BaseException) -> bool:
+    """Whether a ranged read began past the end of the file."""
+    return any(_code(cause) in ("InvalidRange", "416") for cause in _chain(error))
+
+
 def store_error(error: BaseException, url: str) -> StoreError:
     """The error in one line, naming the URL and the fix."""
     if isinstance(error, StoreError):
@@ -61,6 +70,8 @@ def _explain(error: BaseException) -> tuple[type[StoreError], str]:
         return StoreError, "the bucket does not exist; create it or correct the URL"
     if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
         return StoreError, "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+    if codes & _REFUSED_CODES:
+        return StoreError, f"access denied ({_line(error)}); check credentials and permissions"
     if "EndpointConnectionError" in names:
         return StoreError, "the server does not answer; check the endpoint and the network"
     if isinstance(error, ImportError):

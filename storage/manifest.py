@@ -18,6 +18,9 @@ from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.rules import FORMAT_VERSION, check_rules, check_types
 
+DIGEST = "manifest_sha256"
+"""Key of the SHA-256 of all other fields: a manifest holds numbers and texts that nothing else would contradict."""
+
 __all__ = [
     "FORMAT_VERSION",
     "Geometry",
@@ -137,7 +140,9 @@ class Manifest:
             json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise DocumentError("metadata", self.metadata, f"must be JSON values: {error}") from error
-        return json.dumps(dataclasses.asdict(self), allow_nan=False, indent=1) + "\n"
+        values = dataclasses.asdict(self)
+        values[DIGEST] = hashlib.sha256(_canonical(values)).hexdigest()
+        return json.dumps(values, allow_nan=False, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str = "manifest") -> Manifest:
@@ -157,6 +162,10 @@ class Manifest:
         if type(version) is int and version != FORMAT_VERSION:  # before the fields: another format has others
             fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
             raise FormatVersionError(f"{name}: format_version", version, fix)
+        if DIGEST in values:  # manifests of before it have none
+            stored, found = values.pop(DIGEST), hashlib.sha256(_canonical(values)).hexdigest()
+            if stored != found:
+                raise IntegrityError(f"{name}: {DIGEST}", stored, f"its fields hash to {found}; {REBUILD}")
         check_types(name, values)
         windows = tuple(values["geometry"]["sliding_windows"])
         values["geometry"] = Geometry(**{**values["geometry"], "sliding_windows": windows})
@@ -178,11 +187,14 @@ def fingerprint_of(fields: dict[str, Any]) -> str:
         DocumentError: A value is not JSON (NaN included).
     """
     try:
-        plain = json.loads(json.dumps(fields, allow_nan=False))  # as it is after a round trip: tuples are lists
-        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(_canonical(fields)).hexdigest()
     except (TypeError, ValueError, RecursionError) as error:
         raise DocumentError("fingerprint_fields", fields, f"must be JSON values: {error}") from error
-    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    plain = json.loads(json.dumps(values, allow_nan=False))  # as it is after a round trip: tuples are lists
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _no_constant(name: str) -> float:

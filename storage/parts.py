@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.blocks import DTYPE_NAMES, TORCH_DTYPES, LayerBlock, TokensBlock, bits, check_layer
 from rabatch.storage.columns import binary, binary_ids, binary_rows, bytes_of, id_width, ids_of
+from rabatch.storage.limits import check_layer_bytes, check_tokens_bytes
 from rabatch.storage.manifest import FORMAT_VERSION
 from rabatch.storage.scan_codes import from_metadata
 
@@ -169,8 +170,7 @@ def _decode_layer(
     start, index_rows = meta["index_start"], meta["index_rows"]
     if start + index_rows > rows or (index_rows and not graph and not code_width):
         raise _damaged(name, "index_rows", index_rows, f"must fit {rows} rows from {start} on")
-    if rows * head_dim * dtype.itemsize * 2 * len(stored) > size:  # before memory is taken for it
-        raise _damaged(name, "rows", rows, f"do not fit into {size} bytes")
+    check_layer_bytes(file.metadata, schema, size, name)  # before memory is taken for it
 
     # numpy's memory is backed by huge pages, torch's is not: filling it is four times as fast.
     keys, values = (np.empty((len(heads), rows, head_dim * dtype.itemsize), np.uint8) for _ in range(2))
@@ -260,17 +260,23 @@ def encode_tokens(tokens: TokensBlock, *, fingerprint: str, document_key: str) -
     return sink.getvalue()
 
 
-def decode_tokens(data: Any, *, name: str, expect: Mapping[str, object] | None = None) -> TokensBlock:
-    """The tokens in Parquet bytes. Raises IntegrityError like `decode_layer`."""
+def decode_tokens(
+    data: Any, *, name: str, expect: Mapping[str, object] | None = None, rows: int | None = None
+) -> TokensBlock:
+    """The tokens in Parquet bytes; `rows` of them unless None. Raises IntegrityError like `decode_layer`."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        source = data if hasattr(data, "seek") else pa.BufferReader(data)
+        size = source.seek(0, 2)
+        source.seek(0)
+        file = pq.ParquetFile(source)
         meta = _from_text(file.schema_arrow.metadata or {}, name)
         _check_expected(meta, {"kind": "tokens", **(expect or {})}, name)
         if not file.schema_arrow.equals(_TOKENS):
             raise _damaged(name, "columns", file.schema_arrow.names, f"must be {', '.join(map(str, _TOKENS))}")
+        check_tokens_bytes(file.metadata, _TOKENS, size, rows, name)
         table = file.read()
         columns = [table.column(column).to_numpy() for column in _TOKENS.names]
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         raise _damaged(name, "content", type(error).__name__, str(error).split("\n")[0]) from error
     return TokensBlock(positions=columns[0], token_ids=columns[1], char_start=columns[2], char_end=columns[3])
 

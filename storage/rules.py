@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rabatch.storage.manifest import Geometry, Manifest, Part
 
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 64 << 20
+"""Of a manifest. A part and a document's metadata take some hundred bytes each; the rest is room for odd columns."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _INT32_MAX = 2**31 - 1

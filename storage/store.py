@@ -13,13 +13,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rabatch.errors import FormatVersionError, IntegrityError, StoreError
-from rabatch.storage.failures import REBUILD, MissingFileError, is_transient, store_error
+from rabatch.errors import DocumentError, FormatVersionError, IntegrityError, StoreError
+from rabatch.storage.cache import PartCache
+from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.joining import check_against, join
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
@@ -31,8 +32,9 @@ from rabatch.storage.parts import (
     encode_layer,
     encode_tokens,
 )
+from rabatch.storage.reading import Check, PartReader
+from rabatch.storage.rules import MAX_MANIFEST_BYTES
 
-Check = bool | Literal["once"]
 MARKER = "rabatch-store.json"
 _MARKER_TEXT = json.dumps({"format": "rabatch", "format_version": FORMAT_VERSION})
 _MANIFEST_READERS = 16  # a manifest is one round trip; their latency adds up
@@ -45,16 +47,28 @@ class IndexStore:
         url: Local path or fsspec URL.
         create: Make the store if there is none.
         storage_options: Passed to fsspec (endpoint, credentials).
+        cache: Folder of this machine that keeps parts of a store elsewhere; None: no cache. Not used for a local store.
+        cache_bytes: Of all parts in it together. None: a quarter of what its disk has free; 0: no cache.
 
     Raises:
         StoreError: No store there, or the place cannot be read or written.
+        ConfigError: `cache` is no folder of this machine, or `cache_bytes` no number of bytes.
         FormatVersionError: A store of another format.
     """
 
-    def __init__(self, url: str | Path, *, create: bool = False, storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | Path,
+        *,
+        create: bool = False,
+        storage_options: dict[str, Any] | None = None,
+        cache: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
         self.url = str(url)
         self.folder = Folder(self.url, **(storage_options or {}))
-        self._verified: dict[str, tuple[str, tuple[int, ...]]] = {}  # digest that was right, and when: a stamp
+        parts = None if cache is None or self.folder.is_local else PartCache(cache, cache_bytes)
+        self._parts = PartReader(self.folder, parts)
         if create:
             self._create_marker()
         self._check_marker()
@@ -96,10 +110,15 @@ class IndexStore:
 
         Raises:
             IntegrityError: The manifest breaks a rule of the format or lists a part that is not there.
+            DocumentError: The document's metadata is too large for a manifest, or not JSON.
         """
         manifest.check()
         self._check_parts_exist(manifest)
-        if self.folder.create(manifest.path, manifest.to_json().encode()):
+        text = manifest.to_json().encode()
+        if len(text) > MAX_MANIFEST_BYTES:  # nobody would read it
+            fix = f"makes a manifest of more than {MAX_MANIFEST_BYTES} bytes; leave columns of the document out"
+            raise DocumentError("metadata", manifest.metadata, fix)
+        if self.folder.create(manifest.path, text):
             return manifest
         theirs = self.get(manifest.document_id, manifest.content_sha256, manifest.fingerprint)
         if theirs is None:
@@ -157,9 +176,10 @@ class IndexStore:
 
         Args:
             heads: Consecutive KV heads; all by default.
-            check: Compare each part's SHA-256 with the manifest's. Without it a changed byte may pass unnoticed, but
-                only the bytes of the wanted heads are read. ``"once"``: unless this store has read the part before,
-                found it right, and the file was not written to or replaced since, as far as `Folder.stamp` can tell.
+            check: Compare each part's SHA-256 with the manifest's, of the bytes in the store itself. Without it a
+                changed byte may pass unnoticed, but only the bytes of the wanted heads are read. ``"once"``: through
+                the cache; or, on a local disk, unless this store has read the part before, found it right, and the
+                file was not written to or replaced since, as far as its times tell.
 
         Raises:
             IntegrityError: A part is missing, changed, or belongs elsewhere.
@@ -184,23 +204,20 @@ class IndexStore:
         """One layer part, checked against its manifest. Arguments and errors as of `read_layer`."""
         expect: dict[str, object] = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
         expect |= _expect(manifest)
-        if check or heads is None:
-            block = decode_layer(self._get(part, check), name=part.path, expect=expect, heads=heads)
-        else:
-            with self._open(part) as file:
-                try:
-                    block = decode_layer(file, name=part.path, expect=expect, heads=heads)
-                except IntegrityError as error:
-                    if error.__cause__ is not None and is_transient(error.__cause__):
-                        raise store_error(error.__cause__, f"{self.url}/{part.path}") from error
-                    raise
+        groups = None if heads is None else range(heads.start - part.head_start, heads.stop - part.head_start)
+        block = self._parts.read(
+            part, check, lambda data: decode_layer(data, name=part.path, expect=expect, heads=heads), groups=groups
+        )
         check_against(manifest, part, block)
         return block
 
-    def read_tokens(self, manifest: Manifest, *, check: bool = True) -> TokensBlock:
-        """The context's tokens. Errors as of `read_layer`."""
+    def read_tokens(self, manifest: Manifest, *, check: Check = True) -> TokensBlock:
+        """The context's tokens. `check` and errors as of `read_layer`."""
         part = next(part for part in manifest.parts if part.kind == "tokens")
-        tokens = decode_tokens(self._get(part, check), name=part.path, expect=_expect(manifest))
+        expect, rows = _expect(manifest), part.rows
+        tokens = self._parts.read(
+            part, check, lambda data: decode_tokens(data, name=part.path, expect=expect, rows=rows)
+        )
         if not np.array_equal(tokens.positions, np.arange(manifest.context_tokens)):
             shown = len(tokens.positions)
             raise IntegrityError(f"{part.path}: position", shown, f"must be 0 to {manifest.context_tokens - 1}")
@@ -216,7 +233,7 @@ class IndexStore:
 
     def _check_marker(self) -> None:
         try:
-            text = self.folder.read(MARKER)
+            text = self.folder.read(MARKER, max_bytes=MAX_MANIFEST_BYTES)
         except MissingFileError as error:
             fix = "is no rabatch store; build one there first (rabatch build), or correct the path"
             raise StoreError("store", self.url, fix) from error
@@ -237,36 +254,8 @@ class IndexStore:
         self.folder.write(path, view)
         return {"path": path, "bytes": view.nbytes, "sha256": hashlib.sha256(view).hexdigest()}
 
-    def _get(self, part: Part, check: Check) -> bytes:
-        try:
-            before = self.folder.stamp(part.path) if check else None
-            data = self.folder.read(part.path)
-            after = self.folder.stamp(part.path) if check else None
-        except MissingFileError as error:
-            raise IntegrityError(part.path, None, f"is missing; {REBUILD}") from error
-        if len(data) != part.bytes:
-            raise IntegrityError(f"{part.path}: bytes", len(data), f"must be {part.bytes}; {REBUILD}")
-        known = None if before is None or before != after else (part.sha256, before)
-        if check and not (check == "once" and known is not None and self._verified.get(part.path) == known):
-            if (digest := hashlib.sha256(data).hexdigest()) != part.sha256:
-                raise IntegrityError(f"{part.path}: sha256", digest, f"must be {part.sha256}; {REBUILD}")
-            if known is not None:
-                self._verified[part.path] = known
-        return data
-
-    def _open(self, part: Part) -> Any:
-        try:
-            file = self.folder.open(part.path)
-        except MissingFileError as error:
-            raise IntegrityError(part.path, None, f"is missing; {REBUILD}") from error
-        size = file.seek(0, 2)
-        file.seek(0)
-        if size != part.bytes:
-            raise IntegrityError(f"{part.path}: bytes", size, f"must be {part.bytes}; {REBUILD}")
-        return file
-
     def _load(self, path: str) -> Manifest:
-        manifest = Manifest.from_json(self.folder.read(path), name=path)
+        manifest = Manifest.from_json(self.folder.read(path, max_bytes=MAX_MANIFEST_BYTES), name=path)
         if manifest.path != path:
             raise IntegrityError(f"{path}: document_id", manifest.document_id, f"belongs at {manifest.path}")
         return manifest

@@ -9,10 +9,11 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from rabatch.config import BuildConfig
+from rabatch.config import BuildConfig, Resources
 from rabatch.demo.corpus import write_corpus
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.storage.store import IndexStore
 
 pytestmark = pytest.mark.slow
 
@@ -45,10 +46,14 @@ def test_build_and_answer_on_s3(local_ray, tmp_path, options):
     assert (first.built, first.failed) == (2, 0)
     again = build("s3://bucket/corpus/documents.jsonl", config=config, **shared)
     assert (again.built, again.skipped) == (0, 2)
-    answered = answer("s3://bucket/corpus/questions.jsonl", output="s3://bucket/answers", **shared)
+    resources = Resources(cache_dir=str(tmp_path / "cache"))
+    answered = answer("s3://bucket/corpus/questions.jsonl", output="s3://bucket/answers", resources=resources, **shared)
     assert (answered.answered, answered.failed) == (8, 0)
     assert answered.exact_match is not None
     assert answered.exact_match >= 0.75
+    kept = {tuple(path.name.split("-")) for path in (tmp_path / "cache").iterdir() if path.name != ".lock"}
+    manifests = IndexStore(shared["store"], storage_options=options).manifests()
+    assert kept == {(part.sha256, str(part.bytes)) for manifest in manifests for part in manifest.parts}
     filesystem.invalidate_cache()
     there = {path.rsplit("/", 1)[-1] for path in filesystem.ls("bucket/answers")}
     assert {"answers.parquet", "answers.jsonl"} <= there

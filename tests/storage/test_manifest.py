@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from storage_samples import FIELDS, FINGERPRINT, HOSTILE_IDS, prepare
 
 from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
-from rabatch.storage.manifest import Manifest, document_key, fingerprint_of, manifest_path
+from rabatch.storage.manifest import DIGEST, Manifest, document_key, fingerprint_of, manifest_path
 from rabatch.storage.store import IndexStore
 
 
@@ -169,10 +169,37 @@ HOSTILE = [
 @pytest.mark.parametrize(("where", "value"), HOSTILE, ids=lambda v: repr(v)[:40])
 def test_hostile_manifests_are_refused_by_name(manifest: Manifest, where: str, value: object) -> None:
     values = json.loads(manifest.to_json())
+    del values[DIGEST]  # or, for a hostile one, made anew
     _set(values, where, value)
     with pytest.raises(IntegrityError, match=r"the-manifest\.json") as caught:
         Manifest.from_json(json.dumps(values), name="the-manifest.json")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("metadata.title", "Grosse"),
+        ("metadata.year", 2025),
+        ("text_chars", 41),
+        ("created_at", "2026-01-01T00:00:00+00:00"),
+        ("stats", {"seconds": 1}),
+        ("geometry.n_query_heads", 6),
+        (DIGEST, "0" * 64),
+        (DIGEST, None),
+    ],
+)
+def test_what_no_rule_contradicts_is_refused_by_the_digest(manifest: Manifest, where: str, value: object) -> None:
+    values = json.loads(manifest.to_json())
+    _set(values, where, value)
+    with pytest.raises(IntegrityError, match=r"the-manifest\.json: manifest_sha256.*verify --remove-damaged"):
+        Manifest.from_json(json.dumps(values), name="the-manifest.json")
+
+
+def test_manifests_of_before_the_digest_are_read(manifest: Manifest) -> None:
+    values = json.loads(manifest.to_json())
+    del values[DIGEST]
+    assert Manifest.from_json(json.dumps(values)) == manifest
 
 
 def test_a_part_listed_twice_is_refused(manifest: Manifest) -> None:

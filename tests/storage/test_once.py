@@ -13,8 +13,8 @@ import pytest
 from storage_samples import prepare
 
 from rabatch.errors import IntegrityError
-from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest
+from rabatch.storage.parts import decode_layer
 from rabatch.storage.store import IndexStore
 
 
@@ -24,11 +24,19 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     taken: list[int] = []
     sha256 = hashlib.sha256
 
-    def counting(data: Any = b"", **options: Any) -> Any:
-        taken.append(len(data))
-        return sha256(data, **options)
+    class Counting:
+        def __init__(self, data: Any = b"", **options: Any) -> None:
+            self.digest, self.nbytes = sha256(data, **options), len(data)
 
-    monkeypatch.setattr("rabatch.storage.store.hashlib.sha256", counting)
+        def update(self, data: Any) -> None:
+            self.digest.update(data)
+            self.nbytes += len(data)
+
+        def hexdigest(self) -> str:
+            taken.append(self.nbytes)
+            return self.digest.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Counting)
     return taken
 
 
@@ -111,7 +119,7 @@ def test_another_manifest_of_the_same_part_is_checked_for_itself(tmp_path: Path)
 def test_elsewhere_than_on_a_disk_every_reading_is_checked(s3_url: tuple[str, dict[str, Any]], sums: list[int]) -> None:
     url, options = s3_url
     store, manifest, _ = committed(url, storage_options=options)
-    assert store.folder.stamp(manifest.path) is None
+    assert not store.folder.is_local
     n_parts = sum(part.layer == 0 for part in manifest.parts)
     sums.clear()
     for _ in range(2):
@@ -119,15 +127,24 @@ def test_elsewhere_than_on_a_disk_every_reading_is_checked(s3_url: tuple[str, di
     assert sums_of_parts(sums, manifest) == 2 * n_parts
 
 
-def test_a_part_written_while_it_is_read_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_written_while_it_is_read_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its digest is right when it is taken, and its bytes are others when they are decoded."""
     store, manifest, file = committed(tmp_path)
-    read = Folder.read
+    decode = decode_layer
 
-    def reading(self: Folder, path: str) -> bytes:
-        data = read(self, path)
-        os.utime(file)
-        return data
+    def decoding(source: Any, **options: Any) -> Any:
+        if changes:
+            changes.pop()(file)
+        return decode(source, **options)
 
-    monkeypatch.setattr(Folder, "read", reading)
-    store.read_layer(manifest, 0, check="once")
-    assert not store._verified
+    monkeypatch.setattr("rabatch.storage.store.decode_layer", decoding)
+    changes: list[Callable[[Path], None]] = []
+    block = store.read_layer(manifest, 0, check="once")
+    store = IndexStore(tmp_path)
+    changes = [lambda file: os.utime(file)]
+    assert store.read_layer(manifest, 0, check="once").equals(block)  # the same bytes, and so it is found
+    for check in (True, "once"):
+        changes = [flip]
+        with pytest.raises(IntegrityError, match="sha256"):
+            store.read_layer(manifest, 0, check=check)
+        flip(file)

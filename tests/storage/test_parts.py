@@ -138,7 +138,9 @@ def _without(stored: pa.Buffer, *keys: str) -> pa.Buffer:
     metadata = {k: v for k, v in table.schema_arrow.metadata.items() if k.decode() not in keys}
     assert len(metadata) == len(table.schema_arrow.metadata) - len(keys)
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema_arrow.with_metadata(metadata), use_dictionary=False) as writer:
+    with pq.ParquetWriter(
+        sink, table.schema_arrow.with_metadata(metadata), use_dictionary=False, compression="none"
+    ) as writer:
         for i in range(table.num_row_groups):
             writer.write_table(table.read_row_group(i).replace_schema_metadata(metadata))
     return sink.getvalue()
@@ -327,7 +329,7 @@ def test_lying_metadata_is_refused(field: str, value: object) -> None:
 def test_lying_row_groups_are_refused() -> None:
     with pytest.raises(IntegrityError, match="row groups"):
         decode_layer(_rewritten({}, drop_group=True), name="p")
-    with pytest.raises(IntegrityError, match="row group 1"):
+    with pytest.raises(IntegrityError, match="row groups"):
         decode_layer(_rewritten({}, table_change=lambda i, t: t.slice(i)), name="p")
 
     def shifted(i: int, table: pa.Table) -> pa.Table:

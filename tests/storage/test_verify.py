@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -97,17 +98,17 @@ def test_orphans_are_attempts_without_a_manifest(store: IndexStore) -> None:
 def test_what_cannot_be_read_is_not_called_damaged(store: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken connection must not let `verify --remove-damaged` withdraw a sound index."""
     manifest = store.commit(prepare(store, "a")[0])
-    read = store.folder.read
+    open_ = store.folder.open
 
-    def failing(path: str) -> bytes:
+    def failing(path: str) -> BinaryIO:
         if path == manifest.parts[1].path:
             raise StoreError("store", path, "the connection broke")
-        return read(path)
+        return open_(path)
 
-    monkeypatch.setattr(store.folder, "read", failing)
+    monkeypatch.setattr(store.folder, "open", failing)
     (problem,) = verify(store)
     assert (problem.part, problem.damaged) == (manifest.parts[1].path, False)
-    monkeypatch.setattr(store.folder, "read", read)
+    monkeypatch.setattr(store.folder, "open", open_)
     store.folder.delete(manifest.parts[1].path)
     (problem,) = verify(store)
     assert problem.damaged
