@@ -367,13 +367,13 @@ def test_walking_finds_what_listing_finds_in_the_same_order(
     any_store: IndexStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a folder is read in several rounds, and a server's listing is cut by prefix."""
-    keys = [document_key(str(i)) for i in range(60)]
+    keys = [document_key(str(i)) for i in range(12)]
     for key in keys:
         for folder in ("0" * 16, "f" * 16):
             any_store.folder.write(f"parts/{folder}/{key}/a/x.parquet", b"1")
             any_store.folder.write(f"parts/{folder}/{key}-a", b"12")
     whole = any_store.folder.files("parts")
-    assert len(whole) == 240
+    assert len(whole) == 48
     assert [file.path for file in whole] == sorted(file.path for file in whole)
     assert list(any_store.folder.walk("parts")) == whole
     monkeypatch.setattr(listing, "_NAMES_HELD", 7)
