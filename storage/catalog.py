@@ -11,6 +11,7 @@ number, and the highest number counts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -215,7 +216,7 @@ def _batches(store: IndexStore, generation: Generation, columns: list[str]) -> I
             _log.warning("%s; manifests are read instead of it", error)
             return None
 
-    calls = ((lambda segment=segment: load(segment)) for segment in generation.segments)
+    calls = (functools.partial(load, segment) for segment in generation.segments)
     for file in in_order(calls, ahead=2):
         if file is not None:
             for batch in file.iter_batches(_CHUNK, columns=columns, use_threads=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import os
 import random
 import secrets
@@ -138,7 +139,7 @@ class Folder:
                 yield self._below(file)
         elif self._lists_prefixes:
             for folder in self.subfolders(path):
-                yield from listing.in_shards(lambda prefix, folder=folder: self.files(folder, prefix))  # type: ignore[misc]
+                yield from listing.in_shards(functools.partial(self.files, folder))
         else:
             yield from self.files(path)
 

@@ -7,6 +7,7 @@ where garbage may lie. Before anything is removed, the manifests of its document
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import secrets
@@ -80,8 +81,8 @@ def collect(
     if now_s is None:
         now_s = time.time() if dry_run else _store_time(store)
     cutoff_s, found = now_s - grace_s, Collection()
-    candidates = list(_candidates(store, cutoff_s, found))
-    calls = ((lambda group=group: _remove(store, group, cutoff_s, dry_run)) for group in candidates)
+    candidates = list(_candidates(store, cutoff_s, found))  # all are known before one is removed
+    calls = (functools.partial(_remove, store, group, cutoff_s, dry_run) for group in candidates)
     for part in in_order(calls, ahead=_AT_ONCE):
         found.attempts += part.attempts
         found.waiting += part.waiting

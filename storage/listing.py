@@ -7,6 +7,7 @@ So a server's listing of any size can be cut into pieces of a known size by pref
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import stat
@@ -44,12 +45,15 @@ class Listed(NamedTuple):
 def of_info(path: str, info: dict[str, Any]) -> Listed:
     """What fsspec's filesystems tell of a file, each in its own words."""
     known = (info.get(name) for name in ("LastModified", "mtime", "last_modified", "updated", "created"))
-    when = next((value for value in known if value is not None), None)
+    when: Any = next((value for value in known if value is not None), None)
     tag = info.get("ETag") or info.get("etag") or when
-    changed_s = when.timestamp() if isinstance(when, datetime) else when
-    known_time = isinstance(changed_s, int | float)
     size = int(info["size"])
-    return Listed(path, size, f"{size}-{tag}" if tag else "", float(changed_s) if known_time else float("inf"))
+    changed_s = float("inf")
+    if isinstance(when, datetime):
+        changed_s = when.timestamp()
+    elif isinstance(when, int | float):
+        changed_s = float(when)
+    return Listed(path, size, f"{size}-{tag}" if tag else "", changed_s)
 
 
 def walk_local(folder: str, prefix: str = "") -> Iterator[Listed]:
@@ -114,7 +118,7 @@ def in_shards(files: Callable[[str], list[Listed]]) -> Iterator[Listed]:
     while digits < _MAX_DIGITS and len(files("0" * digits + "00")) * 256 > _SHARD_FILES:
         digits += 1
     prefixes = map("".join, itertools.product(_DIGITS, repeat=digits))
-    for shard in in_order(((lambda prefix=prefix: files(prefix)) for prefix in prefixes), ahead=_LISTERS):
+    for shard in in_order((functools.partial(files, prefix) for prefix in prefixes), ahead=_LISTERS):
         yield from shard
 
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,16 +22,10 @@ import pyarrow as pa
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
 from rabatch.storage.failures import REBUILD, MissingFileError, is_transient, store_error
 from rabatch.storage.filesystem import Folder
-from rabatch.storage.joining import check_against, join
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
-from rabatch.storage.parts import (
-    LayerBlock,
-    TokensBlock,
-    decode_layer,
-    decode_tokens,
-    encode_layer,
-    encode_tokens,
-)
+
+if TYPE_CHECKING:
+    from rabatch.storage.parts import LayerBlock, TokensBlock
 
 Check = bool | Literal["once"]
 OnError = Callable[[str, StoreError], None]
@@ -71,6 +65,8 @@ class IndexStore:
 
     def put_layer(self, block: LayerBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
         """Write a block; visible only once a manifest lists the part."""
+        from rabatch.storage.parts import encode_layer
+
         key = document_key(document_id)
         data = encode_layer(block, fingerprint=fingerprint, document_key=key)
         stem = f"layer-{block.layer:03d}-heads-{block.head_start:03d}-{block.head_stop:03d}"
@@ -86,6 +82,8 @@ class IndexStore:
 
     def put_tokens(self, tokens: TokensBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
         """Write a document's tokens; visible only once a manifest lists the part."""
+        from rabatch.storage.parts import encode_tokens
+
         key = document_key(document_id)
         data = encode_tokens(tokens, fingerprint=fingerprint, document_key=key)
         path = _part_path(fingerprint, key, attempt, "tokens")
@@ -220,6 +218,8 @@ class IndexStore:
         Raises:
             IntegrityError: A part is missing, changed, or belongs elsewhere.
         """
+        from rabatch.storage.joining import join
+
         n_heads = manifest.geometry.n_kv_heads
         heads = range(n_heads) if heads is None else heads
         if not 0 <= layer < manifest.geometry.n_layers:
@@ -238,6 +238,9 @@ class IndexStore:
         self, manifest: Manifest, part: Part, *, heads: range | None = None, check: Check = True
     ) -> LayerBlock:
         """One layer part, checked against its manifest. Arguments and errors as of `read_layer`."""
+        from rabatch.storage.joining import check_against
+        from rabatch.storage.parts import decode_layer
+
         expect: dict[str, object] = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
         expect |= _expect(manifest)
         if check or heads is None:
@@ -255,6 +258,8 @@ class IndexStore:
 
     def read_tokens(self, manifest: Manifest, *, check: bool = True) -> TokensBlock:
         """The context's tokens. Errors as of `read_layer`."""
+        from rabatch.storage.parts import decode_tokens
+
         part = next(part for part in manifest.parts if part.kind == "tokens")
         tokens = decode_tokens(self._get(part, check), name=part.path, expect=_expect(manifest))
         if not np.array_equal(tokens.positions, np.arange(manifest.context_tokens)):

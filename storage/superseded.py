@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rabatch.errors import StoreError
 from rabatch.storage.catalog import entries
-from rabatch.storage.store import IndexStore
+from rabatch.storage.store import IndexStore, OnError
 from rabatch.storage.summaries import id_text, summarise
 
-_COLUMNS = ["document_id", "model_sha256", "content_sha256", "index", "created_us"]
+_DECIDES = ("path", "model_sha256", "content_sha256", "index", "created_us")
 
 
-class Index(NamedTuple):
+@dataclass(frozen=True)
+class Index:
     """What decides between the indexes of one document."""
 
     path: str
@@ -67,7 +67,7 @@ def withdraw_superseded(store: IndexStore, *, dry_run: bool = False) -> Withdraw
     """Withdraw superseded indexes; their parts are garbage once the grace period is over.
 
     Whether an index is superseded is decided by manifests read at that moment, and only if all files of those that
-    stay are there. Holds some 200 bytes of memory per index of the store.
+    stay are there. Holds the ids of all documents in memory.
 
     Raises:
         StoreError: The store cannot be read or written.
@@ -75,9 +75,9 @@ def withdraw_superseded(store: IndexStore, *, dry_run: bool = False) -> Withdraw
     found = Withdrawal()
     for document_id in _documents(store, found):
         problems: list[str] = []
-        manifests = store.find(document_id, on_error=lambda path, e, to=problems: to.append(f"{path}: {e}"))  # type: ignore[misc]
+        manifests = store.find(document_id, on_error=_into(problems))
         rows = [summarise(manifest, "") for manifest in manifests]
-        gone = {i.path for i in superseded(Index(**{name: row[name] for name in Index._fields}) for row in rows)}
+        gone = {i.path for i in superseded(Index(**{name: row[name] for name in _DECIDES}) for row in rows)}
         for manifest in manifests if gone and not problems else ():
             if manifest.path not in gone:
                 try:
@@ -94,12 +94,17 @@ def withdraw_superseded(store: IndexStore, *, dry_run: bool = False) -> Withdraw
     return found
 
 
+def _into(problems: list[str]) -> OnError:
+    return lambda path, error: problems.append(f"{path}: {error}")
+
+
 def _documents(store: IndexStore, found: Withdrawal) -> list[str]:
     """Documents with several indexes for one model."""
-    tables = list(entries(store, columns=_COLUMNS, on_error=lambda path, e: found.problems.append(f"{path}: {e}")))
+    wanted = ["document_id", "model_sha256"]
+    tables = [t.select(wanted) for t in entries(store, columns=wanted, on_error=_into(found.problems))]
     if not tables:
         return []
-    table = pa.concat_tables(tables).select(["document_id", "model_sha256"])
-    counted = table.group_by(["document_id", "model_sha256"]).aggregate([([], "count_all")])
+    table = pa.concat_tables(tables)
+    counted = table.group_by(wanted).aggregate([([], "count_all")])
     several = counted.filter(pc.greater(counted["count_all"], 1))
     return sorted({id_text(data) for data in several["document_id"].to_pylist()})
