@@ -6,6 +6,7 @@ Used by `rabatch.cli` and by the jobs' own entry points (``python -m rabatch.job
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import warnings
@@ -84,8 +85,10 @@ def print_json(value: dict[str, Any]) -> None:
 def print_json_list(before: dict[str, Any], name: str, rows: Iterable[dict[str, Any]], after: dict[str, Any]) -> None:
     """As `print_json` of one object with `before`, the list `name` and `after`; the list is never held as text."""
     sys.stdout.write(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [")
-    for number, row in enumerate(rows):
-        sys.stdout.write((", " if number else "") + json.dumps(row))
+    rest, comma = iter(rows), ""
+    while some := list(itertools.islice(rest, 1000)):
+        sys.stdout.write(comma + json.dumps(some)[1:-1])
+        comma = ", "
     write_out(f"], {json.dumps(after)[1:]}")
 
 

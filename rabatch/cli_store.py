@@ -32,6 +32,8 @@ _JSON_COLUMNS = (
 _TABLE_COLUMNS = (
     *("document_id", "context_tokens", "stored_bytes", "index", "model", "dtype", "created_us", "fingerprint"),
 )
+_NUMBERS = (1, 2)
+_WIDEST_AGE = "119 seconds ago"
 _HEADING = ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
 
 
@@ -102,47 +104,50 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _described(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for row in _rows(table, _JSON_COLUMNS):
-        row["manifest"] = row.pop("path")
-        row["metadata"] = json.loads(row["metadata"])
-        yield row
-
-
-def _as_text(table: pa.Table, damaged: list[str], now: datetime) -> Iterator[str]:
-    import pyarrow.compute as pc
-
-    widths = [len(word) for word in _HEADING]
-    for cells in _cells(table, now):
-        widths = [max(width, len(cell)) for width, cell in zip(widths, cells, strict=True)]
-    yield _line(_HEADING, widths)
-    for cells in _cells(table, now):
-        yield _line(cells, widths)
-    total = pc.sum(table["stored_bytes"]).as_py() or 0
-    yield f"{table.num_rows} indexes, {total:,} bytes"
-    yield from (f"damaged: {line}" for line in damaged)
-
-
-def _cells(table: pa.Table, now: datetime) -> Iterator[tuple[str, ...]]:
-    now_us = now.timestamp() * 1e6
-    for row in _rows(table, _TABLE_COLUMNS):
-        size = (f"{row['context_tokens']:,}", f"{row['stored_bytes']:,}")
-        age = _age(int((now_us - row["created_us"]) / 1e6))
-        about = (row["index"], _shorten(row["model"]), row["dtype"], age, row["fingerprint"][:12])
-        yield (_shorten(row["document_id"]), *size, *about)
-
-
-def _rows(table: pa.Table, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     from rabatch.storage.summaries import id_text
 
-    for batch in table.select(columns).to_batches(_BATCH_ROWS):
-        for row in batch.to_pylist():
+    for batch in table.select(_JSON_COLUMNS).to_batches(_BATCH_ROWS):
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            row = dict(zip(_JSON_COLUMNS, values, strict=True))
             row["document_id"] = id_text(row["document_id"])
+            row["manifest"] = row.pop("path")
+            row["metadata"] = json.loads(row["metadata"])
             yield row
 
 
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    pairs = enumerate(zip(cells, widths, strict=True))
-    return "  ".join(cell.rjust(width) if i in (1, 2) else cell.ljust(width) for i, (cell, width) in pairs).rstrip()
+def _as_text(table: pa.Table, damaged: list[str], now: datetime) -> Iterator[str]:
+    """A table as wide as its widest cells: it is gone through twice, as a million rows are not held as text."""
+    import pyarrow.compute as pc
+
+    widths = [len(word) for word in _HEADING]
+    for columns in _columns(table, None):
+        for i, column in enumerate(columns):
+            widest = f"{max(column):,}" if i in _NUMBERS else max(column, key=len)
+            widths[i] = max(widths[i], len(widest))
+    yield _form(widths, "").format(*_HEADING).rstrip()
+    line = _form(widths, ",").format
+    for columns in _columns(table, now):
+        yield from map(str.rstrip, map(line, *columns))
+    total = pc.sum(table["stored_bytes"]).as_py() or 0
+    yield f"{table.num_rows} indexes, {total:,} bytes"
+    yield from (f"damaged: {text}" for text in damaged)
+
+
+def _form(widths: list[int], thousands: str) -> str:
+    cells = [f"{{:>{w}{thousands}}}" if i in _NUMBERS else f"{{:<{w}}}" for i, w in enumerate(widths)]
+    return "  ".join(cells)
+
+
+def _columns(table: pa.Table, now: datetime | None) -> Iterator[list[list[Any]]]:
+    """The cells, column by column, some rows at a time; without a time for ages, as wide as ages are."""
+    from rabatch.storage.summaries import id_text
+
+    now_us = None if now is None else int(now.timestamp() * 1e6)
+    for batch in table.select(_TABLE_COLUMNS).to_batches(_BATCH_ROWS):
+        ids, tokens, size, index, model, dtype, created_us, fingerprint = (c.to_pylist() for c in batch.columns)
+        ages = [_WIDEST_AGE if now_us is None else _age((now_us - us) // 1_000_000) for us in created_us]
+        names = [_shorten(id_text(data)) for data in ids]
+        yield [names, tokens, size, index, [*map(_shorten, model)], dtype, ages, [text[:12] for text in fingerprint]]
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ number, and the highest number counts.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import io
@@ -172,16 +173,27 @@ def entries(
 
 def _join(chunk: list[Listed], catalog: _Cursor) -> tuple[list[pa.Table], list[Listed]]:
     """What the catalog holds of the listed manifests, and those it does not hold as they are now."""
-    wanted = {file.path: file for file in chunk}
-    kept = []
+    listed_paths, listed_tags = [file.path for file in chunk], [file.tag for file in chunk]
+    kept: list[pa.Table] = []
+    lacking: list[Listed] = []
+    at = 0
     for table in catalog.up_to(chunk[-1].path):
         paths, tags = table["path"].to_pylist(), table["tag"].to_pylist()
+        stop = at + len(paths)
+        if paths == listed_paths[at:stop] and tags == listed_tags[at:stop] and "" not in tags:
+            kept.append(table)  # nothing changed here, as nearly everywhere
+            at = stop
+            continue
+        stop = bisect.bisect_right(listed_paths, paths[-1], at)
+        wanted = {file.path: file for file in chunk[at:stop]}
         same = [bool(tag) and path in wanted and wanted[path].tag == tag for path, tag in zip(paths, tags, strict=True)]
-        kept.append(table if all(same) else table.filter(pa.array(same)))
+        kept.append(table.filter(pa.array(same)))
         for path, is_same in zip(paths, same, strict=True):
             if is_same:
                 del wanted[path]
-    return kept, list(wanted.values())
+        lacking += wanted.values()
+        at = stop
+    return kept, [*lacking, *chunk[at:]]
 
 
 class _Cursor:

@@ -121,10 +121,9 @@ class Folder:
         """
         full = self._full(path) if path else self._root
         if self._local:
-            found = self._run(path, lambda: [*listing.walk_local(full, prefix)])
-        else:
-            found = self._run(path, lambda: self._find(full, prefix))
-        return [self._below(file) for file in found]
+            named = f"{path}/" if path else ""
+            return self._run(path, lambda: [*listing.walk_local(full, prefix, named=named)])
+        return self._run(path, lambda: self._find(full, prefix))
 
     def walk(self, path: str) -> Iterator[Listed]:
         """What `files` finds, in the same order, without holding all of it.
@@ -134,9 +133,10 @@ class Folder:
         """
         full = self._full(path)
         if self._local:
-            found = listing.walk_local(full)
-            while (file := self._run(path, lambda: next(found, None))) is not None:
-                yield self._below(file)
+            try:
+                yield from listing.walk_local(full, named=f"{path}/")
+            except OSError as error:
+                raise store_error(error, f"{self.url.rstrip('/')}/{path}") from error
         elif self._lists_prefixes:
             for folder in self.subfolders(path):
                 yield from listing.in_shards(functools.partial(self.files, folder))
@@ -214,10 +214,8 @@ class Folder:
         found = self._fs.find(full, detail=True, **asked)
         start = f"{full}/{prefix}"
         names = sorted(name for name in found if name.startswith(start) and not name.endswith("/"))
-        return [listing.of_info(name, found[name]) for name in names]
-
-    def _below(self, file: Listed) -> Listed:
-        return file._replace(path=file.path[len(self._root) + 1 :])
+        cut = len(self._root) + 1
+        return [listing.of_info(name[cut:], found[name]) for name in names]
 
     def _run(self, path: str, call: Callable[[], T]) -> T:
         """The result of `call`, tried again after throttling and dropped connections."""

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 TEMPORARY = ".tmp-"
-_NAMES_HELD = 500_000  # of one local folder; the others are found by reading the folder again
+_NAMES_HELD = 250_000  # of one local folder; the others are found by reading the folder again
 _SHARD_FILES = 32_768  # at most so many are expected in one piece of a server's listing
 _MAX_DIGITS = 4
 _LISTERS = 16
@@ -56,20 +56,28 @@ def of_info(path: str, info: dict[str, Any]) -> Listed:
     return Listed(path, size, f"{size}-{tag}" if tag else "", changed_s)
 
 
-def walk_local(folder: str, prefix: str = "") -> Iterator[Listed]:
-    """Every file below a local folder, by absolute path, in order. Links to folders are not followed.
+def walk_local(folder: str, prefix: str = "", *, named: str = "") -> Iterator[Listed]:
+    """Every file below a local folder, in order of paths. Links to folders are not followed.
 
     Args:
         prefix: Only what lies in files and folders directly below that begin so.
+        named: What paths begin with instead of the folder's own name; empty, or with a slash at the end.
     """
     after = ""
     while True:
         names = _next_names(folder, prefix, after)
         for name in names:
             if name.endswith("/"):
-                yield from walk_local(os.path.join(folder, name[:-1]))
-            elif (found := _listed(os.path.join(folder, name))) is not None:
-                yield found
+                yield from walk_local(f"{folder}/{name[:-1]}", named=named + name)
+                continue
+            try:
+                found = os.stat(f"{folder}/{name}")
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            if stat.S_ISREG(found.st_mode):
+                # The inode's own time cannot be set back: a file that was copied here with its old times counts as new.
+                changed_s = max(found.st_mtime, found.st_ctime)
+                yield Listed(named + name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", changed_s)
         if len(names) < _NAMES_HELD:
             return
         after = names[-1]
@@ -94,18 +102,6 @@ def _next_names(folder: str, prefix: str, after: str) -> list[str]:
                     names = sorted(names)[:_NAMES_HELD]
                     last = names[-1]
     return sorted(names)[:_NAMES_HELD]
-
-
-def _listed(path: str) -> Listed | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:  # deleted meanwhile
-        return None
-    if not stat.S_ISREG(found.st_mode):
-        return None
-    # The inode's own time cannot be set back: a file that was copied here with its old times counts as new.
-    changed_s = max(found.st_mtime, found.st_ctime)
-    return Listed(path, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", changed_s)
 
 
 def in_shards(files: Callable[[str], list[Listed]]) -> Iterator[Listed]:
