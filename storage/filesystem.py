@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from rabatch.errors import StoreError
-from rabatch.storage import listing
+from rabatch.storage import listing, s3_pages
 from rabatch.storage.failures import MissingFileError, is_conflict, is_transient, store_error
 from rabatch.storage.listing import TEMPORARY, Listed
 
@@ -210,7 +210,10 @@ class Folder:
 
     def _find(self, full: str, prefix: str) -> builtins.list[Listed]:
         self._fs.invalidate_cache()
-        asked = {"prefix": prefix} if prefix and self._lists_prefixes else {}
+        asked = {}
+        if self._lists_prefixes:
+            s3_pages.install(self._fs.s3)
+            asked = {"prefix": prefix} if prefix else {}
         found = self._fs.find(full, detail=True, **asked)
         start = f"{full}/{prefix}"
         names = sorted(name for name in found if name.startswith(start) and not name.endswith("/"))
