@@ -26,7 +26,7 @@ from rabatch.storage.summaries import attempts_of
 DAY_S = 24 * 3600
 _AT_ONCE = 16
 _PART = re.compile(r"parts/([0-9a-f]{16}/[0-9a-f]{32})/.+/[^/]+")
-_MANIFEST = re.compile(r"manifests/([0-9a-f]{16}/[0-9a-f]{32})-[0-9a-f]{16}\.json")
+_MANIFEST = re.compile(r"manifests/[0-9a-f]{16}/[0-9a-f]{32}-[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,11 @@ def _store_time(store: IndexStore) -> float:
 
 def _candidates(store: IndexStore, cutoff_s: float, found: Collection) -> Iterator[list[Attempt]]:
     """Attempts that no manifest seems to list, by document."""
-    damaged: set[str] = set()
 
     def on_error(path: str, error: StoreError) -> None:
-        owner = _MANIFEST.fullmatch(path)
-        if owner is None or isinstance(error, FormatVersionError):
+        if _MANIFEST.fullmatch(path) is None or isinstance(error, FormatVersionError):
             fix = f"cannot be read, so nothing can be told from garbage ({error}); move it elsewhere"
             raise IntegrityError("manifest", path, fix) from error
-        damaged.add(owner[1])
         found.problems.append(f"{path}: {error}")
 
     references = _References(entries(store, columns=["attempts"], on_error=on_error))
@@ -128,11 +125,11 @@ def _candidates(store: IndexStore, cutoff_s: float, found: Collection) -> Iterat
         old = [attempt for attempt in loose if attempt.changed_s <= cutoff_s]
         found.waiting += len(loose) - len(old)
         if old:
-            groups.append((owner, old))
+            groups.append(old)
     references.of("~")  # the rest: a manifest may list parts of elsewhere
-    for owner, old in groups:
+    for old in groups:
         left = [attempt for attempt in old if attempt.path not in references.elsewhere]
-        if left and owner not in damaged:
+        if left:
             yield left
 
 

@@ -1,6 +1,7 @@
 """What is removed is what no reader can use: tested by what is left."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,6 +216,19 @@ def test_nothing_goes_of_a_document_with_a_damaged_manifest(store: IndexStore, t
     store.withdraw(bad.path)  # damaged, and still dated
     assert later(store, 2).waiting == 0
     assert store.folder.list(attempt(bad)) == {}
+
+
+def test_damage_that_the_catalog_hides_is_found_before_anything_goes(store: IndexStore, tmp_path: Path) -> None:
+    bad = committed(store)
+    loose, _ = prepare(store)
+    compact(store)
+    file = tmp_path / "store" / bad.path
+    before = file.stat()
+    file.write_bytes(b" " * before.st_size)  # as a disk does it: same size, same time
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = later(store, 2)
+    assert (found.attempts, [bad.path in problem for problem in found.problems]) == ([], [True])
+    assert set(store.folder.list(attempt(loose))) == {part.path for part in loose.parts}
 
 
 @pytest.mark.parametrize(
