@@ -26,12 +26,13 @@ _SHOWN = 20
 _BATCH_ROWS = 16_384
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _JSON_COLUMNS = (
-    *("document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "sink_tokens", "window_tokens"),
-    *("dtype", "model", "created_at", "parts", "fingerprint", "content_sha256", "path", "metadata"),
+    *("created_us", "document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "sink_tokens"),
+    *("window_tokens", "dtype", "model", "created_at", "parts", "fingerprint", "content_sha256", "path", "metadata"),
 )
 _TABLE_COLUMNS = (
     *("document_id", "context_tokens", "stored_bytes", "index", "model", "dtype", "created_us", "fingerprint"),
 )
+_DIGITS = 12  # shown of a fingerprint
 _NUMBERS = (1, 2)
 _WIDEST_AGE = "119 seconds ago"
 _HEADING = ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
@@ -87,13 +88,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     store = _open(arguments)
     damaged: list[str] = []
-    columns = [*(_JSON_COLUMNS if arguments.json else _TABLE_COLUMNS), "created_us", "document_id"]
+    columns = list(_JSON_COLUMNS if arguments.json else _TABLE_COLUMNS)
     on_error = lambda path, error: damaged.append(f"{path}: {error}")  # noqa: E731
     if arguments.document is None:
         tables = entries(store, columns=columns, on_error=on_error)
     else:
         tables = iter([document_entries(store, arguments.document, on_error=on_error)])
-    found = [chosen.of(table) for table in tables]
+    found = [chosen.of(table).select(columns) for table in tables]
     table = pa.concat_tables(found) if found else table_of([])
     table = table.sort_by([("document_id", "ascending"), ("created_us", "ascending")])
     if arguments.json:
@@ -106,24 +107,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _described(table: pa.Table) -> Iterator[dict[str, Any]]:
     from rabatch.storage.summaries import id_text
 
+    names = ["manifest" if name == "path" else name for name in _JSON_COLUMNS[1:]]
     for batch in table.select(_JSON_COLUMNS).to_batches(_BATCH_ROWS):
         for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            row = dict(zip(_JSON_COLUMNS, values, strict=True))
+            row = dict(zip(names, values[1:], strict=True))
             row["document_id"] = id_text(row["document_id"])
-            row["manifest"] = row.pop("path")
             row["metadata"] = json.loads(row["metadata"])
             yield row
 
 
 def _as_text(table: pa.Table, damaged: list[str], now: datetime) -> Iterator[str]:
-    """A table as wide as its widest cells: it is gone through twice, as a million rows are not held as text."""
     import pyarrow.compute as pc
 
-    widths = [len(word) for word in _HEADING]
-    for columns in _columns(table, None):
-        for i, column in enumerate(columns):
-            widest = f"{max(column):,}" if i in _NUMBERS else max(column, key=len)
-            widths[i] = max(widths[i], len(widest))
+    widths = _widths(table)
     yield _form(widths, "").format(*_HEADING).rstrip()
     line = _form(widths, ",").format
     for columns in _columns(table, now):
@@ -133,21 +129,33 @@ def _as_text(table: pa.Table, damaged: list[str], now: datetime) -> Iterator[str
     yield from (f"damaged: {text}" for text in damaged)
 
 
+def _widths(table: pa.Table) -> list[int]:
+    """Of the columns, in characters: at least what the cells take, without making each of them."""
+    import pyarrow.compute as pc
+
+    widths = {"created_us": len(_WIDEST_AGE), "fingerprint": _DIGITS}
+    for name in ("context_tokens", "stored_bytes"):
+        widths[name] = len(f"{pc.max(table[name]).as_py() or 0:,}")
+    for name in ("document_id", "model", "index", "dtype"):
+        widths[name] = min(_ID_WIDTH, pc.max(pc.binary_length(table[name])).as_py() or 0)
+    return [max(len(word), widths[name]) for word, name in zip(_HEADING, _TABLE_COLUMNS, strict=True)]
+
+
 def _form(widths: list[int], thousands: str) -> str:
     cells = [f"{{:>{w}{thousands}}}" if i in _NUMBERS else f"{{:<{w}}}" for i, w in enumerate(widths)]
     return "  ".join(cells)
 
 
-def _columns(table: pa.Table, now: datetime | None) -> Iterator[list[list[Any]]]:
-    """The cells, column by column, some rows at a time; without a time for ages, as wide as ages are."""
+def _columns(table: pa.Table, now: datetime) -> Iterator[list[list[Any]]]:
+    """The cells, column by column, some rows at a time."""
     from rabatch.storage.summaries import id_text
 
-    now_us = None if now is None else int(now.timestamp() * 1e6)
+    now_us = int(now.timestamp() * 1e6)
     for batch in table.select(_TABLE_COLUMNS).to_batches(_BATCH_ROWS):
         ids, tokens, size, index, model, dtype, created_us, fingerprint = (c.to_pylist() for c in batch.columns)
-        ages = [_WIDEST_AGE if now_us is None else _age((now_us - us) // 1_000_000) for us in created_us]
+        ages = [_age((now_us - us) // 1_000_000) for us in created_us]
         names = [_shorten(id_text(data)) for data in ids]
-        yield [names, tokens, size, index, [*map(_shorten, model)], dtype, ages, [text[:12] for text in fingerprint]]
+        yield [names, tokens, size, index, [*map(_shorten, model)], dtype, ages, [t[:_DIGITS] for t in fingerprint]]
 
 
 def _verify(arguments: argparse.Namespace) -> int:

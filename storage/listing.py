@@ -6,7 +6,6 @@ So a server's listing of any size can be cut into pieces of a known size by pref
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -63,45 +62,45 @@ def walk_local(folder: str, prefix: str = "", *, named: str = "") -> Iterator[Li
         prefix: Only what lies in files and folders directly below that begin so.
         named: What paths begin with instead of the folder's own name; empty, or with a slash at the end.
     """
-    after = ""
-    while True:
-        names = _next_names(folder, prefix, after)
-        for name in names:
-            if name.endswith("/"):
-                yield from walk_local(f"{folder}/{name[:-1]}", named=named + name)
-                continue
-            try:
-                found = os.stat(f"{folder}/{name}")
-            except FileNotFoundError:  # deleted meanwhile
-                continue
-            if stat.S_ISREG(found.st_mode):
-                # The inode's own time cannot be set back: a file that was copied here with its old times counts as new.
-                changed_s = max(found.st_mtime, found.st_ctime)
-                yield Listed(named + name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", changed_s)
-        if len(names) < _NAMES_HELD:
-            return
-        after = names[-1]
+    try:
+        itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        after = ""
+        while True:
+            names = _next_names(itself, prefix, after)
+            for name in names:
+                if name[-1] == "/":
+                    yield from walk_local(f"{folder}/{name[:-1]}", named=named + name)
+                    continue
+                try:
+                    found = os.stat(name, dir_fd=itself)
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                if stat.S_ISREG(found.st_mode):
+                    # The inode's own time cannot be set back: a file copied here with its old times counts as new.
+                    changed_s = max(found.st_mtime, found.st_ctime)
+                    yield Listed(named + name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", changed_s)
+            if len(names) < _NAMES_HELD:
+                return
+            after = names[-1]
+    finally:
+        os.close(itself)
 
 
-def _next_names(folder: str, prefix: str, after: str) -> list[str]:
+def _next_names(folder: int, prefix: str, after: str) -> list[str]:
     """The first names past `after`, in order; those of folders end in a slash, so that order is that of whole paths."""
     names: list[str] = []
-    last: str | None = None
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
-        for entry in found:
-            name = entry.name
-            if not name.startswith(prefix) or name.startswith(TEMPORARY):
-                continue
-            if entry.is_dir():
-                if entry.is_symlink():
-                    continue
-                name += "/"
-            if name > after and (last is None or name < last):
-                names.append(name)
-                if len(names) >= 2 * _NAMES_HELD:
-                    names = sorted(names)[:_NAMES_HELD]
-                    last = names[-1]
-    return sorted(names)[:_NAMES_HELD]
+    with os.scandir(folder) as found:
+        while some := [
+            entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+            for entry in itertools.islice(found, _NAMES_HELD)
+        ]:
+            names += [n for n in some if n > after and n.startswith(prefix) and not n.startswith(TEMPORARY)]
+            if len(names) > _NAMES_HELD:
+                names = sorted(names)[:_NAMES_HELD]
+    return sorted(names)
 
 
 def in_shards(files: Callable[[str], list[Listed]]) -> Iterator[Listed]:

@@ -412,7 +412,9 @@ def test_links_to_folders_are_not_followed(store: IndexStore, tmp_path: Path) ->
     assert list(store.folder.walk("parts")) == store.folder.subfolders("parts") == []
 
 
-def test_a_failing_listing_is_one_line(store: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_listing_is_one_line(store: IndexStore, sample: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, sample, "doc")
+
     def fail(*_: Any) -> Any:
         raise PermissionError("no")
 
