@@ -166,28 +166,35 @@ def command(*words: str) -> tuple[float, float, float, str]:
         return seconds, usage.ru_utime + usage.ru_stime, int(printed.split()[-2]) / 1024, out.read().decode()
 
 
-def measure(n: int, folder: str) -> dict[str, dict[str, float]]:
+def measure(n: int, folder: str | None) -> dict[str, dict[str, float]]:
+    """Figures of a new store."""
     with tempfile.TemporaryDirectory(dir=folder) as url:
         begun = time.perf_counter()
         paths = prepare(url, n)
         print(f"store of {n:,} made and checked in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-        one = ("inspect", "--store", url, "--document", document_id(REAL - CHANGED - 1))
-        found = {}
-        for name, words, last in (
-            ("inspect --document", one, "1 indexes"),
-            ("inspect --document, again", one, "1 indexes"),
-            ("inspect", ("inspect", "--store", url), f"{len(paths)} indexes"),
-            ("inspect --json", ("inspect", "--store", url, "--json"), '"damaged": []'),
-            ("inspect --newer-than 1h --index none", (*one[:3], "--newer-than", "1h", "--index", "none"), "0 indexes"),
-            ("compact", ("compact", "--store", url), f"{len(paths):,} indexes, {2 * CHANGED} manifests read"),
-        ):
-            seconds, cpu_s, mebibytes, printed = command(*words)
-            if last not in printed:
-                sys.exit(f"{name}: printed {printed!r}; nothing of it counts")
-            found[name] = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_s, 2), "peak_mib": round(mebibytes)}
-        size = sum(file.bytes for file in IndexStore(url).folder.files("catalog")) / 2  # two generations
-        found["catalog"] = {"bytes_per_index": round(size / n, 1)}
-    return found
+        return timed(url, n, len(paths))
+
+
+def timed(url: str, n: int, listed: int) -> dict[str, dict[str, float]]:
+    """Figures of a store that `prepare` made; its catalog is brought up to date by it."""
+    one = ("inspect", "--store", url, "--document", document_id(REAL - CHANGED - 1))
+    found = {}
+    for name, words, last in (
+        ("inspect --document", one, "1 indexes"),
+        ("inspect --document, again", one, "1 indexes"),
+        ("inspect", ("inspect", "--store", url), f"{listed} indexes"),
+        ("inspect --json", ("inspect", "--store", url, "--json"), '"damaged": []'),
+        ("inspect --newer-than 1h --index none", (*one[:3], "--newer-than", "1h", "--index", "none"), "0 indexes"),
+        ("compact", ("compact", "--store", url), f"{listed:,} indexes, {2 * CHANGED} manifests read"),
+    ):
+        seconds, cpu_s, mebibytes, printed = command(*words)
+        if last not in printed:
+            sys.exit(f"{name}: printed {printed!r}; nothing of it counts")
+        about = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_s, 2), "peak_mib": round(mebibytes)}
+        print(name, about, file=sys.stderr)
+        found[name] = about
+    size = sum(file.bytes for file in IndexStore(url).folder.files("catalog")) / 2  # two generations
+    return {**found, "catalog": {"bytes_per_index": round(size / n, 1)}}
 
 
 def main() -> None:
@@ -196,9 +203,13 @@ def main() -> None:
     parser.add_argument("--folder", help="where the store is made (the system's folder for temporary files)")
     arguments = parser.parse_args()
     sizes = (5_000, 20_000) if arguments.quick else (250_000, 1_000_000)
-    results = {n: measure(n, arguments.folder) for n in sizes}
-    small, large = (results[n] for n in sizes)
-    print(f"{'':<38}" + "".join(f"{n:>27,} indexes" for n in sizes))
+    report({n: measure(n, arguments.folder) for n in sizes})
+
+
+def report(results: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Print the table and the JSON line; figures of a smaller and of a larger store."""
+    small, large = results.values()
+    print(f"{'':<38}" + "".join(f"{n:>27,} indexes" for n in results))
     for name in large:
         if name != "catalog":
             each = [r[name] for r in results.values()]
