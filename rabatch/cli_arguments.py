@@ -6,7 +6,6 @@ Used by `rabatch.cli` and by the jobs' own entry points (``python -m rabatch.job
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import warnings
@@ -82,12 +81,16 @@ def print_json(value: dict[str, Any]) -> None:
     write_out(json.dumps(value))
 
 
-def print_json_list(before: dict[str, Any], name: str, rows: Iterable[dict[str, Any]], after: dict[str, Any]) -> None:
-    """As `print_json` of one object with `before`, the list `name` and `after`; the list is never held as text."""
+def print_json_list(before: dict[str, Any], name: str, rows: Iterable[str], after: dict[str, Any]) -> None:
+    """As `print_json` of one object with `before`, the list `name` and `after`.
+
+    Args:
+        rows: JSON texts; they are printed as they come.
+    """
     sys.stdout.write(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [")
-    rest, comma = iter(rows), ""
-    while some := list(itertools.islice(rest, 1000)):
-        sys.stdout.write(comma + json.dumps(some)[1:-1])
+    comma = ""
+    for row in rows:
+        sys.stdout.write(comma + row)
         comma = ", "
     write_out(f"], {json.dumps(after)[1:]}")
 

@@ -178,12 +178,12 @@ def _join(chunk: list[Listed], catalog: _Cursor) -> tuple[list[pa.Table], list[L
     lacking: list[Listed] = []
     at = 0
     for table in catalog.up_to(chunk[-1].path):
-        paths, tags = table["path"].to_pylist(), table["tag"].to_pylist()
-        stop = at + len(paths)
-        if paths == listed_paths[at:stop] and tags == listed_tags[at:stop] and "" not in tags:
+        stop = at + table.num_rows
+        if _holds(table["path"], listed_paths[at:stop]) and _holds(table["tag"], listed_tags[at:stop]):
             kept.append(table)  # nothing changed here, as nearly everywhere
             at = stop
             continue
+        paths, tags = table["path"].to_pylist(), table["tag"].to_pylist()
         stop = bisect.bisect_right(listed_paths, paths[-1], at)
         wanted = {file.path: file for file in chunk[at:stop]}
         same = [bool(tag) and path in wanted and wanted[path].tag == tag for path, tag in zip(paths, tags, strict=True)]
@@ -194,6 +194,10 @@ def _join(chunk: list[Listed], catalog: _Cursor) -> tuple[list[pa.Table], list[L
         lacking += wanted.values()
         at = stop
     return kept, [*lacking, *chunk[at:]]
+
+
+def _holds(column: pa.ChunkedArray, texts: list[str]) -> bool:
+    return "" not in texts and column.equals(pa.chunked_array([pa.array(texts, column.type)]))
 
 
 class _Cursor:

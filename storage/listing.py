@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 TEMPORARY = ".tmp-"
 _NAMES_HELD = 250_000  # of one local folder; the others are found by reading the folder again
+_ENTRIES_READ = 16_384
 _SHARD_FILES = 32_768  # at most so many are expected in one piece of a server's listing
 _MAX_DIGITS = 4
 _LISTERS = 16
@@ -93,14 +94,14 @@ def _next_names(folder: int, prefix: str, after: str) -> list[str]:
     """The first names past `after`, in order; those of folders end in a slash, so that order is that of whole paths."""
     names: list[str] = []
     with os.scandir(folder) as found:
-        while some := [
-            entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-            for entry in itertools.islice(found, _NAMES_HELD)
-        ]:
-            names += [n for n in some if n > after and n.startswith(prefix) and not n.startswith(TEMPORARY)]
-            if len(names) > _NAMES_HELD:
+        while some := list(itertools.islice(found, _ENTRIES_READ)):
+            for entry in some if prefix == "" else [entry for entry in some if entry.name.startswith(prefix)]:
+                name = entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+                if name > after and not name.startswith(TEMPORARY):
+                    names.append(name)
+            if len(names) >= 2 * _NAMES_HELD:
                 names = sorted(names)[:_NAMES_HELD]
-    return sorted(names)
+    return sorted(names)[:_NAMES_HELD]
 
 
 def in_shards(files: Callable[[str], list[Listed]]) -> Iterator[Listed]:
