@@ -1,7 +1,7 @@
 """Reading pages of an S3 listing fast.
 
-botocore takes some 60 microseconds per key to turn a page into Python, which for a million keys is a minute; with the
-standard library's parser it is a tenth of that. Its own event ``before-parse`` lets us do the keys, and leave
+botocore turns a page into Python at a tenth of a millisecond per key, which for a million keys is minutes; the standard
+library's parser takes an eighth of that. botocore's own event ``before-parse`` lets us do the keys, and leave
 everything else of the answer, signing, retries and errors to it. Where the event is not sent, botocore does all.
 """
 
