@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo | corpus | build | answer | inspect | verify`.
+"""The command line: `rabatch demo | corpus | build | answer | inspect | verify | compact | gc`.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
@@ -9,17 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 
-from rabatch import __version__, cli_arguments
+from rabatch import __version__, cli_arguments, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-if TYPE_CHECKING:
-    from rabatch.storage.manifest import Manifest
-
-_ID_WIDTH = 40
-_PROBLEMS_SHOWN = 20
+_COMMANDS = "demo,corpus,build,answer,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 all good, 1 some rows failed, 2 could not run.",
     )
     parser.add_argument("--version", action="version", version=f"rabatch {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,corpus,build,answer,inspect,verify}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{_COMMANDS}}}")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -56,17 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli_arguments.add_build(add("build", _build, "prefill documents and store their indexes", example))
     example = "corpus/questions.jsonl --store index --output answers"
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
-    for name, run, text in (
-        ("inspect", _inspect, "list the documents of a store"),
-        ("verify", _verify, "read a whole store back and say what is wrong with it"),
-    ):
-        command = add(name, run, text, "--store index")
-        cli_arguments.add_store(command)
-        if name == "verify":
-            command.add_argument(
-                "--remove-damaged", action="store_true", help="withdraw damaged indexes, so that build makes them anew"
-            )
-        cli_arguments.add_common(command)
+    cli_store.add_commands(add)
     return parser
 
 
@@ -144,119 +128,6 @@ def _answer(arguments: argparse.Namespace) -> int:
     from rabatch.jobs.command import run_answer
 
     return run_answer(arguments)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from rabatch.storage.store import IndexStore
-
-    store = IndexStore(arguments.store, storage_options=arguments.storage_options)
-    damaged: list[str] = []
-    manifests = list(store.manifests(on_error=lambda path, error: damaged.append(f"{path}: {error}")))
-    rows = [_describe(manifest) for manifest in sorted(manifests, key=lambda m: (m.document_id, m.created_at))]
-    if arguments.json:
-        print_json({"store": arguments.store, "documents": rows, "damaged": damaged})
-    else:
-        table: list[tuple[str, ...]] = [
-            ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
-        ]
-        for row in rows:
-            size = (f"{row['context_tokens']:,}", f"{row['stored_bytes']:,}")
-            about = (
-                row["index"],
-                _shorten(row["model"]),
-                row["dtype"],
-                _age(row["created_at"]),
-                row["fingerprint"][:12],
-            )
-            table.append((_shorten(row["document_id"]), *size, *about))
-        total = sum(row["stored_bytes"] for row in rows)
-        lines = [*_columns(table, right=(1, 2)), f"{len(rows)} indexes, {total:,} bytes"]
-        write_out("\n".join([*lines, *(f"damaged: {line}" for line in damaged)]))
-    return 1 if damaged else 0
-
-
-def _describe(manifest: Manifest) -> dict[str, Any]:
-    shape = manifest.geometry
-    return {
-        "document_id": manifest.document_id,
-        "context_tokens": manifest.context_tokens,
-        "text_chars": manifest.text_chars,
-        "stored_bytes": manifest.stored_bytes,
-        "index": shape.index,
-        "degree": shape.degree,
-        "sink_tokens": shape.sink_tokens,
-        "window_tokens": shape.window_tokens,
-        "dtype": shape.kv_dtype,
-        "model": str(manifest.stats.get("model", "")),
-        "created_at": manifest.created_at,
-        "parts": len(manifest.parts),
-        "fingerprint": manifest.fingerprint,
-        "content_sha256": manifest.content_sha256,
-        "metadata": manifest.metadata,
-    }
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from rabatch.index.links import unreachable
-    from rabatch.storage.store import IndexStore
-    from rabatch.storage.verify import verify
-
-    store = IndexStore(arguments.store, storage_options=arguments.storage_options)
-    with tqdm(desc="verify", unit="B", unit_scale=True, file=sys.stderr) as bar:
-        problems = verify(
-            store,
-            progress=lambda path, size: (bar.update(size), None)[1],
-            check_graph=lambda neighbors, entries: len(unreachable(neighbors, entries)),
-        )
-        checked_bytes = int(bar.n)
-    withdrawn = sorted({p.manifest_path for p in problems if p.damaged}) if arguments.remove_damaged else []
-    for path in withdrawn:
-        store.withdraw(path)
-    ids = [manifest.document_id for manifest in store.manifests(on_error=lambda path, error: None)]
-    documents, indexes = len(set(ids)), len(ids)
-    found = [
-        {"document_id": p.document_id, "manifest": p.manifest_path, "part": p.part, "reason": p.reason}
-        for p in problems
-    ]
-    if arguments.json:
-        counts = {"documents": documents, "indexes": indexes, "bytes": checked_bytes}
-        print_json({"store": arguments.store, **counts, "problems": found, "withdrawn": withdrawn})
-    else:
-        lines = [f"wrong: {p['document_id']!r} {p['part'] or p['manifest']}: {p['reason']}" for p in found]
-        more = [f"wrong: {len(lines) - _PROBLEMS_SHOWN} more"] if len(lines) > _PROBLEMS_SHOWN else []
-        if withdrawn:
-            more.append(f"withdrew {len(withdrawn)} indexes; run build again to make them anew")
-        elif problems:
-            more.append("--remove-damaged withdraws these indexes, so that build makes them anew")
-        counts_line = f"{indexes} indexes of {documents} documents, {checked_bytes:,} bytes read: "
-        write_out(
-            "\n".join([*lines[:_PROBLEMS_SHOWN], *more, counts_line + (f"{len(found)} problems" if found else "ok")])
-        )
-    return 1 if problems else 0
-
-
-def _columns(rows: list[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _ID_WIDTH else text[: _ID_WIDTH - 3] + "..."
-
-
-def _age(created_at: str) -> str:
-    seconds = int((datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds())
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit} ago"
-    return f"{max(seconds, 0)} seconds ago"
 
 
 if __name__ == "__main__":

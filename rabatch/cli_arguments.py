@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 from rabatch.config import (
@@ -82,12 +82,37 @@ def print_json(value: dict[str, Any]) -> None:
     write_out(json.dumps(value))
 
 
+def print_json_list(before: dict[str, Any], name: str, rows: Iterable[str], after: dict[str, Any]) -> None:
+    """As `print_json` of one object with `before`, the list `name` and `after`.
+
+    Args:
+        rows: JSON texts; they are printed as they come.
+    """
+    sys.stdout.write(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [")
+    comma = ""
+    for row in rows:
+        sys.stdout.write(comma + row)
+        comma = ", "
+    write_out(f"], {json.dumps(after)[1:]}")
+
+
 def write_out(text: str) -> None:
     """Text to stdout; what the terminal cannot show is escaped, control characters too."""
-    safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    write_lines(text.split("\n"))
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Lines to stdout as `write_out` does, as they come: there may be millions."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(safe.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    for line in lines:
+        safe = line if line.isascii() and line.isprintable() else _escaped(line, encoding)
+        sys.stdout.write(safe + "\n")
     sys.stdout.flush()
+
+
+def _escaped(line: str, encoding: str) -> str:
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,9 @@ several writers win. A filesystem that cannot do the second is refused, because 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import functools
 import os
 import random
 import secrets
@@ -20,7 +22,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from rabatch.errors import IntegrityError, StoreError
+from rabatch.storage import listing, s3_pages
 from rabatch.storage.failures import MissingFileError, is_conflict, is_out_of_range, is_transient, store_error
+from rabatch.storage.listing import TEMPORARY, Listed
 
 ATTEMPTS = 4
 PIECE_BYTES = 8 << 20
@@ -29,7 +33,6 @@ _STREAMS = 8  # ranged reads at the same time: one connection to S3 gives 50 to 
 _FIRST_WAIT_S = 0.1
 _ATOMIC_CREATE = ("file", "local", "memory", "s3", "s3a")
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory filesystem looks first and writes then
-_TEMPORARY = ".tmp-"
 
 T = TypeVar("T")
 
@@ -156,11 +159,49 @@ class Folder:
 
     def list(self, path: str = "") -> dict[str, int]:
         """Sizes in bytes of the files below a folder, by path, sorted. A missing folder is empty."""
+        return {file.path: file.bytes for file in self.files(path)}
+
+    def files(self, path: str = "", prefix: str = "") -> builtins.list[Listed]:
+        """The files below a folder, by path. A missing folder is empty.
+
+        Args:
+            prefix: Only what lies in files and folders directly below that begin so; a server is asked for no others.
+        """
         full = self._full(path) if path else self._root
-        find = _list_local if self._local else self._find
-        found = self._run(path, lambda: find(full))
-        cut = len(self._root) + 1
-        return {name[cut:]: size for name, size in sorted(found.items())}
+        if self._local:
+            named = f"{path}/" if path else ""
+            return self._run(path, lambda: [*listing.walk_local(full, prefix, named=named)])
+        return self._run(path, lambda: self._find(full, prefix))
+
+    def walk(self, path: str) -> Iterator[Listed]:
+        """What `files` finds, in the same order, without holding all of it.
+
+        On a server, names in the folders directly below must begin with evenly spread hexadecimal digits, as those
+        below ``manifests/FP`` and ``parts/FP`` do; others may be left out.
+        """
+        full = self._full(path)
+        if self._local:
+            try:
+                yield from listing.walk_local(full, named=f"{path}/")
+            except OSError as error:
+                raise store_error(error, f"{self.url.rstrip('/')}/{path}") from error
+        elif self._lists_prefixes:
+            for folder in self.subfolders(path):
+                yield from listing.in_shards(functools.partial(self.files, folder))
+        else:
+            yield from self.files(path)
+
+    def subfolders(self, path: str) -> builtins.list[str]:
+        """The folders directly below a folder, by path, sorted. A missing folder has none."""
+        full = self._full(path)
+        with contextlib.suppress(MissingFileError):
+            if self._local:
+                with self._run(path, lambda: os.scandir(full)) as entries:
+                    return sorted(f"{path}/{e.name}" for e in entries if e.is_dir(follow_symlinks=False))
+            found = self._run(path, lambda: self._fs.ls(full, detail=True, **self._fresh()))
+            names = {info["name"].strip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory"}
+            return sorted(f"{path}/{name}" for name in names)
+        return []
 
     def exists(self, path: str) -> bool:
         try:
@@ -182,6 +223,17 @@ class Folder:
         with contextlib.suppress(MissingFileError):
             self._run(path, lambda: os.unlink(full) if self._local else self._fs.rm_file(full))
 
+    def prune(self, path: str, *, before_s: float) -> None:
+        """Remove a local folder if it is empty but for what writes interrupted before then left. Servers have none."""
+        if self._local:
+            full = self._full(path)
+            with contextlib.suppress(OSError):
+                for name in os.listdir(full):
+                    temporary = os.path.join(full, name)
+                    if name.startswith(TEMPORARY) and os.stat(temporary).st_mtime <= before_s:
+                        os.unlink(temporary)
+                os.rmdir(full)
+
     def _full(self, path: str) -> str:
         if path.startswith("/") or "\\" in path or "\0" in path or not set(path.split("/")).isdisjoint({"", ".", ".."}):
             raise StoreError("path", path, f"must be a relative path inside {self.url}")
@@ -198,10 +250,21 @@ class Folder:
     def _fresh(self) -> dict[str, bool]:
         return {"refresh": True} if "s3" in self._protocols else {}
 
-    def _find(self, full: str) -> dict[str, int]:
+    @property
+    def _lists_prefixes(self) -> bool:
+        return "s3" in self._protocols
+
+    def _find(self, full: str, prefix: str) -> builtins.list[Listed]:
         self._fs.invalidate_cache()
-        found = self._fs.find(full, detail=True)
-        return {name: int(info["size"]) for name, info in found.items()}
+        asked = {}
+        if self._lists_prefixes:
+            s3_pages.install(self._fs.s3)
+            asked = {"prefix": prefix} if prefix else {}
+        found = self._fs.find(full, detail=True, **asked)
+        start = f"{full}/{prefix}"
+        names = sorted(name for name in found if name.startswith(start) and not name.endswith("/"))
+        cut = len(self._root) + 1
+        return [listing.of_info(name[cut:], found[name]) for name in names]
 
     def _run(self, path: str, call: Callable[[], T]) -> T:
         """The result of `call`, tried again after throttling and dropped connections."""
@@ -225,7 +288,7 @@ def _write_local(full: str, data: bytes | memoryview, publish: Callable[[str, st
     """Write a temporary file beside `full`, flush it to disk, then give it its name."""
     folder = os.path.dirname(full)
     _make_folder(folder)
-    temporary = os.path.join(folder, _TEMPORARY + secrets.token_hex(8))
+    temporary = os.path.join(folder, TEMPORARY + secrets.token_hex(8))
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -259,14 +322,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _list_local(full: str) -> dict[str, int]:
-    found = {}
-    for folder, _, names in os.walk(full):
-        for name in names:
-            if not name.startswith(_TEMPORARY):
-                path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    found[path] = os.stat(path).st_size
-    return found

@@ -7,13 +7,14 @@ manifests only, so an interrupted build is invisible and a second builder of the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import secrets
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,20 +23,16 @@ from rabatch.errors import DocumentError, FormatVersionError, IntegrityError, St
 from rabatch.storage.cache import PartCache
 from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
-from rabatch.storage.joining import check_against, join
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
-from rabatch.storage.parts import (
-    LayerBlock,
-    TokensBlock,
-    decode_layer,
-    decode_tokens,
-    encode_layer,
-    encode_tokens,
-)
 from rabatch.storage.reading import Check, PartReader
 from rabatch.storage.rules import MAX_MANIFEST_BYTES
 
+if TYPE_CHECKING:
+    from rabatch.storage.parts import LayerBlock, TokensBlock
+
+OnError = Callable[[str, StoreError], None]
 MARKER = "rabatch-store.json"
+WITHDRAWN = "withdrawn"
 _MARKER_TEXT = json.dumps({"format": "rabatch", "format_version": FORMAT_VERSION})
 _MANIFEST_READERS = 16  # a manifest is one round trip; their latency adds up
 
@@ -82,6 +79,8 @@ class IndexStore:
 
     def put_layer(self, block: LayerBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
         """Write a block; visible only once a manifest lists the part."""
+        from rabatch.storage.parts import encode_layer
+
         key = document_key(document_id)
         data = encode_layer(block, fingerprint=fingerprint, document_key=key)
         stem = f"layer-{block.layer:03d}-heads-{block.head_start:03d}-{block.head_stop:03d}"
@@ -97,6 +96,8 @@ class IndexStore:
 
     def put_tokens(self, tokens: TokensBlock, *, document_id: str, fingerprint: str, attempt: str) -> Part:
         """Write a document's tokens; visible only once a manifest lists the part."""
+        from rabatch.storage.parts import encode_tokens
+
         key = document_key(document_id)
         data = encode_tokens(tokens, fingerprint=fingerprint, document_key=key)
         path = _part_path(fingerprint, key, attempt, "tokens")
@@ -113,7 +114,7 @@ class IndexStore:
             DocumentError: The document's metadata is too large for a manifest, or not JSON.
         """
         manifest.check()
-        self._check_parts_exist(manifest)
+        self.check_parts(manifest)
         text = manifest.to_json().encode()
         if len(text) > MAX_MANIFEST_BYTES:  # nobody would read it
             fix = f"makes a manifest of more than {MAX_MANIFEST_BYTES} bytes; leave columns of the document out"
@@ -125,8 +126,22 @@ class IndexStore:
             raise StoreError("manifest", manifest.path, "was deleted while it was being committed; build again")
         return theirs
 
+    def check_parts(self, manifest: Manifest) -> None:
+        """Raise IntegrityError unless every part is there with its size; reads listings, no parts."""
+        folders = {part.path.rsplit("/", 1)[0] for part in manifest.parts}
+        there: dict[str, int] = {}
+        for folder in sorted(folders):
+            there |= self.folder.list(folder)
+        for part in manifest.parts:
+            if there.get(part.path) != part.bytes:
+                fix = f"must be there with {part.bytes} bytes before its manifest; build the document again"
+                raise IntegrityError(f"{manifest.path}: {part.path}", there.get(part.path), fix)
+
     def withdraw(self, path: str) -> None:
         """Take a committed index back, so that a build can make it anew; its parts become garbage.
+
+        A copy of the manifest is left below ``withdrawn/``, whose age tells `rabatch.storage.garbage` since when: a
+        reader may have opened the index a moment ago.
 
         Args:
             path: Of the manifest, as `Manifest.path` or `Problem.manifest_path` has it.
@@ -136,23 +151,37 @@ class IndexStore:
         """
         if not path.startswith("manifests/"):
             raise StoreError("path", path, "is not a manifest; withdraw takes paths that begin with manifests/")
+        try:
+            text = self.folder.read(path)
+        except MissingFileError:
+            return
+        stem = path.removeprefix("manifests/").removesuffix(".json")
+        self.folder.write(f"{WITHDRAWN}/{stem}-{secrets.token_hex(4)}.json", text)  # first: never gone without it
         self.folder.delete(path)
 
-    def manifests(self, *, on_error: Callable[[str, StoreError], None] | None = None) -> Iterator[Manifest]:
+    def manifests(self, *, on_error: OnError | None = None) -> Iterator[Manifest]:
         """Every committed index, by path.
 
         Args:
             on_error: Called with the path and the error of a damaged manifest, which is then left out. By default
                 the error is raised.
         """
-        return self._load_all(list(self.folder.list("manifests")), on_error)
+        return self.read_manifests((file.path for file in self.folder.walk("manifests")), on_error=on_error)
 
-    def find(self, document_id: str, *, fingerprint: str | None = None) -> list[Manifest]:
-        """The committed indexes of a document: of all its contents, and fingerprints unless one is given."""
-        folder = "manifests" if fingerprint is None else f"manifests/{fingerprint[:16]}"
+    def find(
+        self, document_id: str, *, fingerprint: str | None = None, on_error: OnError | None = None
+    ) -> list[Manifest]:
+        """The committed indexes of a document: of all its contents, and fingerprints unless one is given.
+
+        Takes a request for each fingerprint of the store and one for each index found. `on_error` as of `manifests`.
+        """
+        folder = self.folder
+        folders = folder.subfolders("manifests") if fingerprint is None else [f"manifests/{fingerprint[:16]}"]
         start = document_key(document_id) + "-"
-        paths = [path for path in self.folder.list(folder) if path.rsplit("/", 1)[-1].startswith(start)]
-        found = self._load_all(paths, None)
+        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+            listed = pool.map(lambda path: folder.files(path, start), folders)
+            paths = [file.path for files in listed for file in files]
+        found = self.read_manifests(paths, on_error=on_error)
         return [m for m in found if m.document_id == document_id and fingerprint in (None, m.fingerprint)]
 
     def get(self, document_id: str, content_sha256: str, fingerprint: str) -> Manifest | None:
@@ -169,6 +198,31 @@ class IndexStore:
                 raise IntegrityError(f"{path}: {where}", theirs, f"must be {mine}; use another store for one of them")
         return manifest
 
+    def read_manifests(self, paths: Iterable[str], *, on_error: OnError | None = None) -> Iterator[Manifest]:
+        """The manifests at these paths, in their order; one that was withdrawn meanwhile is left out.
+
+        `on_error` as of `manifests`.
+        """
+
+        def load(path: str) -> Manifest | StoreError | None:
+            try:
+                return self._load(path)
+            except MissingFileError:
+                return None
+            except StoreError as error:
+                return error
+
+        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+            rest = iter(paths)
+            while batch := list(itertools.islice(rest, 4 * _MANIFEST_READERS)):  # not all at once: there may be many
+                for path, result in zip(batch, pool.map(load, batch), strict=True):
+                    if isinstance(result, Manifest):
+                        yield result
+                    elif result is not None and on_error is None:
+                        raise result
+                    elif result is not None and on_error is not None:
+                        on_error(path, result)
+
     def read_layer(
         self, manifest: Manifest, layer: int, *, heads: range | None = None, check: Check = True
     ) -> LayerBlock:
@@ -184,6 +238,8 @@ class IndexStore:
         Raises:
             IntegrityError: A part is missing, changed, or belongs elsewhere.
         """
+        from rabatch.storage.joining import join
+
         n_heads = manifest.geometry.n_kv_heads
         heads = range(n_heads) if heads is None else heads
         if not 0 <= layer < manifest.geometry.n_layers:
@@ -202,6 +258,9 @@ class IndexStore:
         self, manifest: Manifest, part: Part, *, heads: range | None = None, check: Check = True
     ) -> LayerBlock:
         """One layer part, checked against its manifest. Arguments and errors as of `read_layer`."""
+        from rabatch.storage.joining import check_against
+        from rabatch.storage.parts import decode_layer
+
         expect: dict[str, object] = {"layer": part.layer, "head_start": part.head_start, "head_stop": part.head_stop}
         expect |= _expect(manifest)
         groups = None if heads is None else range(heads.start - part.head_start, heads.stop - part.head_start)
@@ -213,6 +272,8 @@ class IndexStore:
 
     def read_tokens(self, manifest: Manifest, *, check: Check = True) -> TokensBlock:
         """The context's tokens. `check` and errors as of `read_layer`."""
+        from rabatch.storage.parts import decode_tokens
+
         part = next(part for part in manifest.parts if part.kind == "tokens")
         expect, rows = _expect(manifest), part.rows
         tokens = self._parts.read(
@@ -259,34 +320,6 @@ class IndexStore:
         if manifest.path != path:
             raise IntegrityError(f"{path}: document_id", manifest.document_id, f"belongs at {manifest.path}")
         return manifest
-
-    def _load_all(self, paths: list[str], on_error: Callable[[str, StoreError], None] | None) -> Iterator[Manifest]:
-        def load(path: str) -> Manifest | StoreError:
-            try:
-                return self._load(path)
-            except StoreError as error:
-                return error
-
-        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
-            for first in range(0, len(paths), 4 * _MANIFEST_READERS):  # not all at once: a catalog may be large
-                batch = paths[first : first + 4 * _MANIFEST_READERS]
-                for path, result in zip(batch, pool.map(load, batch), strict=True):
-                    if isinstance(result, Manifest):
-                        yield result
-                    elif on_error is None:
-                        raise result
-                    else:
-                        on_error(path, result)
-
-    def _check_parts_exist(self, manifest: Manifest) -> None:
-        folders = {part.path.rsplit("/", 1)[0] for part in manifest.parts}
-        there: dict[str, int] = {}
-        for folder in sorted(folders):
-            there |= self.folder.list(folder)
-        for part in manifest.parts:
-            if there.get(part.path) != part.bytes:
-                fix = f"must be there with {part.bytes} bytes before its manifest; build the document again"
-                raise IntegrityError(f"{manifest.path}: {part.path}", there.get(part.path), fix)
 
 
 def _part_path(fingerprint: str, key: str, attempt: str, stem: str) -> str:

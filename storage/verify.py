@@ -70,23 +70,6 @@ def verify(
     return problems
 
 
-def orphans(store: IndexStore) -> list[str]:
-    """Folders of attempts that no manifest lists: interrupted builds, lost races, and builds under way now.
-
-    Raises:
-        IntegrityError: A manifest is damaged, so its parts cannot be told from garbage.
-    """
-    # The listing comes first: an attempt committed in between is then found in the manifests.
-    attempts = {_attempt_of(path) for path in store.folder.list("parts")}
-    for manifest in store.manifests():
-        attempts -= {_attempt_of(part.path) for part in manifest.parts}
-    return sorted(attempts)
-
-
-def _attempt_of(path: str) -> str:
-    return path.rsplit("/", 1)[0]
-
-
 def _check_part(store: IndexStore, manifest: Manifest, part: Part, check_graph: CheckGraph | None) -> list[str]:
     if part.kind == "tokens":
         tokens = store.read_tokens(manifest)

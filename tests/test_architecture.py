@@ -262,5 +262,10 @@ def test_help_loads_nothing_heavy():
     assert loaded_by("import rabatch.cli; rabatch.cli.main(['--help'])", HEAVY) == set()
 
 
+def test_listing_a_store_loads_nothing_heavy():
+    modules = "rabatch.cli_store, rabatch.storage.compaction, rabatch.storage.garbage, rabatch.storage.superseded"
+    assert loaded_by(f"import {modules}", HEAVY) == set()
+
+
 def test_a_loaded_module_is_found():
     assert loaded_by("import wave", ("wave", "ray")) == {"wave"}

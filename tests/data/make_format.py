@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "storage")]
-
 from storage_samples import GEOMETRY, prepare
 
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest

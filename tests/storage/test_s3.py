@@ -57,3 +57,31 @@ def test_a_large_part_goes_up_and_down_whole(s3_url: tuple[str, dict[str, Any]])
     folder.write("large.bin", memoryview(data))
     assert folder.size("large.bin") == len(data)
     assert folder.read("large.bin") == data
+
+
+def test_our_reading_of_a_listing_is_that_of_the_client(s3_url: tuple[str, dict[str, Any]]) -> None:
+    import s3fs
+
+    folder = Folder(s3_url[0], **s3_url[1])
+    names = ["a&b <c> é%2B+\"'.bin", "plain", "tab\tand\u2028line", "x/文書"]
+    for i, name in enumerate(names):
+        folder.write(name, bytes(i))
+    plain = s3fs.S3FileSystem(**s3_url[1], skip_instance_cache=True)
+    theirs = plain.find(s3_url[0].removeprefix("s3://"), detail=True)
+    ours = {file.path: file for file in folder.files()}
+    start = len(s3_url[0].removeprefix("s3://")) + 1
+    assert {name[start:]: info["size"] for name, info in theirs.items()} == {name: i for i, name in enumerate(names)}
+    assert {name[start:]: (info["size"], info["LastModified"].timestamp()) for name, info in theirs.items()} == {
+        path: (file.bytes, file.changed_s) for path, file in ours.items()
+    }
+    assert all(ours[name[start:]].tag == f"{info['size']}-{info['ETag']}" for name, info in theirs.items())
+
+
+def test_long_listings_come_whole(s3_url: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(s3_url[0], **s3_url[1])
+    names = [f"{i:02x}" for i in range(13, 20)]
+    for name in names:
+        folder.write(f"many/{name}", b"")
+    monkeypatch.setattr(folder._fs, "req_kw", {"MaxKeys": 2})  # four pages
+    assert [file.path for file in folder.files("many")] == [f"many/{name}" for name in names]
+    assert [file.path for file in folder.files("many", "1")] == [f"many/{name}" for name in names if name[0] == "1"]

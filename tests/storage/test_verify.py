@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong and names it; `orphans` finds what no manifest lists."""
+"""`verify` finds what is wrong and names it."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from storage_samples import make_blocks, make_tokens, prepare
 
-from rabatch.errors import IntegrityError, StoreError
+from rabatch.errors import StoreError
 from rabatch.storage.store import IndexStore
-from rabatch.storage.verify import orphans, verify
+from rabatch.storage.verify import verify
 
 
 @pytest.fixture
@@ -79,20 +79,6 @@ def test_graphs_are_checked_by_the_callers_rule(store: IndexStore) -> None:
     (problem,) = verify(store, check_graph=check)
     assert problem.reason == "head 1: 5 of 12 keys are unreachable"
     assert calls == [((12, 4), (3,))] * 4  # two full layers of two heads; the sliding one has no graph
-
-
-def test_orphans_are_attempts_without_a_manifest(store: IndexStore) -> None:
-    assert orphans(store) == []
-    left, _ = prepare(store)
-    won = store.commit(prepare(store)[0])
-    store.commit(prepare(store)[0])  # lost
-    found = orphans(store)
-    assert left.parts[0].path.rsplit("/", 1)[0] in found
-    assert len(found) == 2
-    assert all(not part.path.startswith(folder) for folder in found for part in won.parts)
-    store.folder.write(won.path, b"{}")
-    with pytest.raises(IntegrityError):  # its parts would look like garbage
-        orphans(store)
 
 
 def test_what_cannot_be_read_is_not_called_damaged(store: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
