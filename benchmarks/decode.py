@@ -6,7 +6,7 @@
 The demo model, or one of random weights with 8 KV heads of 128. A document is prefilled, indexed and stored once.
 transformers attends the same keys and values in its DynamicCache, repeated for every question, as its `generate` does.
 All ways decode the same tokens; before anything is timed, dense logits are compared with transformers' and the tokens
-that `graph` chooses with those of `dense`. Seconds are the least of several steps. Memory is what the caches hold:
+that `graph` and `scan` choose with those of `dense`. Seconds are the least of several steps. Memory is what the caches hold:
 transformers' for its questions, rabatch's layers with everything made of them. Past its 40,960 positions the demo model
 is stretched: its attention costs the same, its answers mean nothing.
 
@@ -48,12 +48,13 @@ from rabatch.models import local_path
 from rabatch.storage.manifest import Manifest, fingerprint_of
 from rabatch.storage.store import IndexStore
 
-RECIPES = ("dense", "graph")  # dense first: where transformers' cache does not fit, its tokens are what all decode
+SPARSE = ("graph", "scan")
+RECIPES = ("dense", *SPARSE)  # dense first: where transformers' cache does not fit, its tokens are what all decode
 MOST_BYTES = 12 << 30
 TRAINED = 40_960  # positions of the demo model
 HERE = Path(__file__).parent
 WANTED = {(32768, 16): 25.0, (131072, 16): 50.0}  # times the tokens per second of transformers
-AHEAD = {(16384, 1): 1.0, (32768, 1): 1.0, (65536, 16): 1.0, (131072, 1): 4.0, (131072, 16): 4.0}  # dense / graph
+AHEAD = {(16384, 1): 1.0, (32768, 1): 1.0, (65536, 16): 1.0, (131072, 1): 4.0, (131072, 16): 4.0}  # dense / sparse
 OF_PEER = {(32768, 1): 1.0, (32768, 16): 4.0}  # llama.cpp / ours
 
 
@@ -276,8 +277,8 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
                     "tokens": length,
                     "prefill s": round(prefill_s, 2),
                     "graphs s": round(graph_s, 2),
-                    "open graph s": round(opened["graph"], 3),
-                    "prefill / open": round(prefill_s / opened["graph"], 1),
+                    **{f"open {name} s": round(opened[name], 3) for name in RECIPES},
+                    "prefill / open": round(prefill_s / max(opened.values()), 1),
                     **{f"{name} MiB": round(memory[name] / 2**20) for name in RECIPES},
                     "stored MiB": round(sum(part.bytes for part in stored.parts) / 2**20),
                 }
@@ -291,9 +292,9 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
                         "questions": count,
                         **{f"{name} ms": round(1e3 * found[name], 1) for name in ("transformers", *RECIPES)},
                         **{f"{name} question ms": round(1e3 * found[f"{name} question"]) for name in RECIPES},
-                        "graph agrees": round(found["graph agrees"], 3),
+                        **{f"{name} agrees": round(found[f"{name} agrees"], 3) for name in SPARSE},
                         "transformers / best": round(found["transformers"] / found[best], 1),
-                        "dense / graph": round(found["dense"] / found["graph"], 2),
+                        "dense / sparse": round(found["dense"] / min(found[name] for name in SPARSE), 2),
                         "auto": best_of[count],
                         "cache / graph": round(found["cache"] / memory["graph"], 1),
                     }
@@ -306,14 +307,13 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
                         f"transformers' memory / {best}'s, {length} tokens", round(found["cache"] / memory[best], 1), 8
                     )
                 if (length, count) in AHEAD:
-                    wanted(
-                        f"dense / graph, {count} questions, {length} tokens", row["dense / graph"], AHEAD[length, count]
-                    )
+                    what = f"dense / sparse, {count} questions, {length} tokens"
+                    wanted(what, row["dense / sparse"], AHEAD[length, count])
             if args.peer and length <= 32768:
                 for count, of_peer in with_peer(args, folder, model, contexts["dense"], tails, counts, found).items():
                     row = next(r for r in rows if (r["tokens"], r["questions"]) == (length, count))
                     row["llama.cpp ms"] = round(1e3 * of_peer, 1)
-                    row["llama.cpp / best"] = round(1e3 * of_peer / min(row["dense ms"], row["graph ms"]), 2)
+                    row["llama.cpp / best"] = round(1e3 * of_peer / min(row[f"{name} ms"] for name in RECIPES), 2)
                     if (length, count) in OF_PEER:
                         what = f"llama.cpp / best, {count} questions, {length} tokens"
                         wanted(what, row["llama.cpp / best"], OF_PEER[length, count])
@@ -325,9 +325,10 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
             if prefill_s == prefill_s:
                 wanted(f"prefill / opening, {length} tokens", documents[-1]["prefill / open"], 10)
         print(table(rows[-len(counts) :], list(rows[-1])), flush=True)
-    steps = {row["tokens"]: row["graph ms"] for row in rows if row["questions"] == 1}
-    if {8192, 131072} <= set(steps):
-        wanted("graph, one question: 128K / 8K", round(steps[131072] / steps[8192], 2), 1.25, most=True)
+    for name in SPARSE:
+        steps = {row["tokens"]: row[f"{name} ms"] for row in rows if row["questions"] == 1}
+        if {8192, 131072} <= set(steps):
+            wanted(f"{name}, one question: 128K / 8K", round(steps[131072] / steps[8192], 2), 1.25, most=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "-") for name in columns} for row in rows]
     print(f"\n{machine(args.threads)}, {args.model} model, one decode step\n")

@@ -58,12 +58,12 @@ def greatest_bar(numbers, wanted):  # type: ignore[no-untyped-def]
     low, high = -1, 32767  # exceeded by enough (or -1), exceeded by too few
     while high - low > 1:
         middle = (low + high) // 2
-        count = 0
+        bound, count = np.int16(middle), 0
         for first in range(0, len(numbers), _COUNTED):
             some = numbers[first : first + _COUNTED]
-            few = np.int16(0)  # as wide as what is counted: twice as fast as a sum of more bits
-            for number in some:
-                few += np.int16(number > np.int16(middle))
+            few = np.int16(0)  # as wide as what is counted, or it would not be vectorised as well
+            for j in range(len(some)):
+                few += np.int16(some[j] > bound)
             count += int(few)
         if count >= wanted:
             low = middle
@@ -103,10 +103,11 @@ def scan_range(  # type: ignore[no-untyped-def]
         head, row = item // n_queries, item % n_queries
         effort, n = efforts[head], min(MAX_QUERIES, stop - item, n_queries - row)
         for i in range(n):
+            query = queries[head, row + i]
             for t in range(dim):
-                total = np.float32(0)
+                line, total = to_query[head, t], np.float32(0)
                 for u in range(dim):
-                    total += to_query[head, t, u] * queries[head, row + i, u]
+                    total += line[u] * query[u]
                 aligned[t] = total
             fill_tables(aligned, books[head], tables[i])
         wanted = effort + n_exceptions

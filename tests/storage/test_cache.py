@@ -542,7 +542,7 @@ def test_an_entry_written_to_while_it_is_read_is_not_served(
             changes.pop()(tmp_path / "cache" / names(tmp_path / "cache")[0])
         return decode(source, **options)
 
-    monkeypatch.setattr("rabatch.storage.store.decode_layer", decoding)
+    monkeypatch.setattr("rabatch.storage.parts.decode_layer", decoding)
     assert store.read_layer(manifest, 0, check="once").equals(blocks[0])
     assert not changes
     assert len(read) == 2  # the first time, and now

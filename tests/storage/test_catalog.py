@@ -123,7 +123,7 @@ def test_a_document_is_found_without_reading_others(any_store: IndexStore, monke
     any_store.folder.write(manifest_path("other 0", "0" * 64, FINGERPRINT), b"damaged")
     read: list[str] = []
     original = any_store.folder.read
-    monkeypatch.setattr(any_store.folder, "read", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(any_store.folder, "read", lambda path, **o: (read.append(path), original(path, **o))[1])
     found = document_entries(any_store, "doc")
     assert sorted(found["path"].to_pylist()) == sorted(read) == sorted([one.path, two.path, other.path])
     assert document_entries(any_store, "nowhere").num_rows == 0

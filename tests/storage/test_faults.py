@@ -23,8 +23,8 @@ from storage_samples import GEOMETRY, prepare
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage import filesystem
 from rabatch.storage.filesystem import ATTEMPTS, Folder
+from rabatch.storage.garbage import collect
 from rabatch.storage.store import IndexStore
-from rabatch.storage.verify import orphans
 
 TROUBLE: tuple[Fault, ...] = ("SlowDown", "drop", "cut")
 
@@ -321,7 +321,7 @@ def test_builders_in_several_processes_one_of_whom_dies(url: str, s3_options: di
         assert json.loads((tmp_path / "died").read_text()) == -signal.SIGKILL
         store = IndexStore(url, storage_options=s3_options)
         assert list(store.manifests()) == []
-        assert orphans(store)
+        assert collect(store, grace_s=0, dry_run=True).attempts
         (tmp_path / "go").touch()
         assert builders.wait(200) == 0
     finally:
@@ -334,4 +334,4 @@ def test_builders_in_several_processes_one_of_whom_dies(url: str, s3_options: di
     for layer in range(3):
         store.read_layer(manifest, layer)
     store.read_tokens(manifest)
-    assert len(orphans(store)) == 2  # of the dead one, and of the one that lost
+    assert len(collect(store, grace_s=0, dry_run=True).attempts) == 2  # of the dead one, and of the one that lost

@@ -137,7 +137,7 @@ def test_a_part_written_while_it_is_read_is_not_trusted(tmp_path: Path, monkeypa
             changes.pop()(file)
         return decode(source, **options)
 
-    monkeypatch.setattr("rabatch.storage.store.decode_layer", decoding)
+    monkeypatch.setattr("rabatch.storage.parts.decode_layer", decoding)
     changes: list[Callable[[Path], None]] = []
     block = store.read_layer(manifest, 0, check="once")
     store = IndexStore(tmp_path)
