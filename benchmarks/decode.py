@@ -6,9 +6,9 @@
 The demo model, or one of random weights with 8 KV heads of 128. A document is prefilled, indexed and stored once.
 transformers attends the same keys and values in its DynamicCache, repeated for every question, as its `generate` does.
 All ways decode the same tokens; before anything is timed, dense logits are compared with transformers' and the tokens
-that `graph` and `scan` choose with those of `dense`. Seconds are the least of several steps. Memory is what the caches hold:
-transformers' for its questions, rabatch's layers with everything made of them. Past its 40,960 positions the demo model
-is stretched: its attention costs the same, its answers mean nothing.
+that `graph` and `scan` choose with those of `dense`. Seconds are the least of several steps. Memory is what the caches
+hold: transformers' for its questions, rabatch's layers with everything made of them. Past its 40,960 positions the demo
+model is stretched: its attention costs the same, its answers mean nothing.
 
 `--peer` is a Python with llama-cpp-python and gguf (`pip install llama-cpp-python gguf`): llama.cpp then decodes the
 same questions over the same tokens, with float16 weights and keys, fused attention and plain, of which the faster
