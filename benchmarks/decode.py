@@ -50,7 +50,7 @@ from rabatch.storage.store import IndexStore
 
 SPARSE = ("graph", "scan")
 RECIPES = ("dense", *SPARSE)  # dense first: where transformers' cache does not fit, its tokens are what all decode
-MOST_BYTES = 12 << 30
+MOST_BYTES = 12 << 30  # of its cache; it takes twice that for a moment
 TRAINED = 40_960  # positions of the demo model
 HERE = Path(__file__).parent
 WANTED = {(32768, 16): 25.0, (131072, 16): 50.0}  # times the tokens per second of transformers
