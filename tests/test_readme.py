@@ -127,6 +127,7 @@ def test_the_session_of_the_readme(session: Path):
     assert (session / "answers" / "answers.parquet").is_file()
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme(session: Path):
     (block,) = code_blocks(readme(), "python")
     done = run("-c", block, cwd=session)

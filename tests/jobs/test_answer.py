@@ -93,6 +93,7 @@ def test_the_output_is_the_result_twice(answered):
     assert list(lines[0]) == ANSWERS.names
 
 
+@pytest.mark.slow
 def test_order_batch_size_and_company_change_no_answer(answered, demo_store):
     result, _, asked = answered
     want = contents(result)
@@ -117,6 +118,7 @@ def test_a_rerun_asks_only_what_is_not_answered(answered, demo_store):
     assert {part: part.read_bytes() for part in parts} == before
 
 
+@pytest.mark.slow
 def test_a_damaged_index_fails_its_questions_only_and_can_be_made_anew(demo_store, tmp_path, capsys):
     import shutil
 
@@ -178,6 +180,7 @@ def run_module(name, *arguments, cwd):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_answer_module_runs_by_itself(demo_store, tmp_path):
     """Workers of the Ray that it starts find the code, though the working folder is another."""
     (tmp_path / "q.jsonl").write_text(json.dumps(demo_store.questions[0]) + "\n")
@@ -187,6 +190,7 @@ def test_the_answer_module_runs_by_itself(demo_store, tmp_path):
     assert (tmp_path / "out/answers.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_the_build_module_joins_a_cluster(demo_store, tmp_path):
     """The cluster's workers are given the checkout's code."""
     import ray

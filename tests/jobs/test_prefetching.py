@@ -218,7 +218,7 @@ def test_a_broken_index_fails_its_own_call_while_another_decodes(watched, want, 
             assert named in row["reason"]
 
 
-@pytest.mark.parametrize("memory_bytes", [1, 3_000_000])
+@pytest.mark.parametrize("memory_bytes", [1, pytest.param(3_000_000, marks=pytest.mark.slow)])
 def test_a_job_with_little_memory_gives_the_same_answers(demo_store, want, memory_bytes):
     resources = Resources(answer_actors=1, memory_bytes=memory_bytes, questions_per_batch=2)
     result = answer(demo_store.questions, store=demo_store.store, generation=SHORT, resources=resources, progress=False)

@@ -89,6 +89,7 @@ def test_training_forward_equals_transformers(model, tokenizer, tools):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_runs_every_stage_and_resumes_exactly(tmp_path, tools, capsys):
     from train_demo_model import main
 
