@@ -9,6 +9,7 @@ from rabatch.index.base import SearchResult, empty_result
 from rabatch.index.codes import KeyCodes
 from rabatch.index.compiled import compiled, read_only, run_ranges
 from rabatch.index.machine import dot, prefetch
+from rabatch.index.topk.best import key_of, packed, settle
 
 _AHEAD = 8  # candidates whose memory is asked for before they are scored
 
@@ -40,63 +41,35 @@ def rerank(
 
 @compiled
 def _rerank_range(codes, queries, offset, candidates, half, start, stop, ids, scores):  # type: ignore[no-untyped-def]
-    """Rerank pairs (head, query) number `start` to `stop`; best scores are kept in a heap, the worst on top."""
-    n_keys, dim = codes.shape[1], codes.shape[2]
-    n_queries, m, k = queries.shape[1], candidates.shape[2], ids.shape[2]
-    per_line = max(64 // codes.itemsize, 1)
-    heap_scores = np.empty(k, np.float32)
-    heap_ids = np.empty(k, np.int32)
+    """Rerank pairs (head, query) number `start` to `stop`."""
+    n_queries, k = queries.shape[1], ids.shape[2]
+    pairs = np.empty(candidates.shape[2], np.uint64)
     for item in range(start, stop):
         head, row = item // n_queries, item % n_queries
-        size = 0
-        for j in range(m):
-            coming = candidates[head, row, j + _AHEAD] if j + _AHEAD < m else -1
-            if coming >= 0:
-                for line in range(0, dim, per_line):
-                    prefetch(codes, (head * n_keys + coming) * dim + line)  # type: ignore[call-arg]
-            key = candidates[head, row, j]
-            if key < 0:
-                continue
-            score = dot(codes, head, key, queries[head, row], half)
-            if size == k:
-                if _worse(score, key, heap_scores[0], heap_ids[0]):
-                    continue
-                place = 0  # the new one sinks from the top
-                while True:
-                    child = 2 * place + 1
-                    if child >= k:
-                        break
-                    if child + 1 < k and _worse(
-                        heap_scores[child + 1], heap_ids[child + 1], heap_scores[child], heap_ids[child]
-                    ):
-                        child += 1
-                    if _worse(score, key, heap_scores[child], heap_ids[child]):
-                        break
-                    heap_scores[place], heap_ids[place] = heap_scores[child], heap_ids[child]
-                    place = child
-                heap_scores[place], heap_ids[place] = score, key
-            else:
-                place = size  # the new one rises from the bottom
-                while place > 0 and _worse(score, key, heap_scores[(place - 1) // 2], heap_ids[(place - 1) // 2]):
-                    heap_scores[place], heap_ids[place] = heap_scores[(place - 1) // 2], heap_ids[(place - 1) // 2]
-                    place = (place - 1) // 2
-                heap_scores[place], heap_ids[place] = score, key
-                size += 1
-        order = np.argsort(-heap_scores[:size])
-        for j in range(size):
-            score, key = heap_scores[order[j]], heap_ids[order[j]]
-            place = j  # equal scores stand together: the lower id first
-            while (
-                place > 0
-                and scores[head, row, place - 1] == score + offset[head, row]
-                and ids[head, row, place - 1] > key
-            ):
-                ids[head, row, place] = ids[head, row, place - 1]
-                place -= 1
-            ids[head, row, place] = key
-            scores[head, row, j] = score + offset[head, row]
+        n = 0
+        for key in candidates[head, row]:
+            if key >= 0:
+                pairs[n] = packed(np.float32(0), np.int64(key))  # type: ignore[call-arg]
+                n += 1
+        score_pairs(codes, head, queries[head, row], half, pairs, n)
+        settle(pairs, n, k, scores[head, row], ids[head, row])
+        scores[head, row] += offset[head, row]
 
 
 @compiled
-def _worse(score, key, other_score, other_key):  # type: ignore[no-untyped-def]
-    return score < other_score or (score == other_score and key > other_key)
+def score_pairs(codes, head, query, half, pairs, n):  # type: ignore[no-untyped-def]
+    """Give the keys of `topk.best.packed` pairs their exact scores, without the offset of `KeyCodes.prepare`.
+
+    Args:
+        codes: `KeyCodes.codes`; `half`: whether bits are float16.
+        pairs: [n or more], uint64; changed.
+    """
+    n_keys, dim = codes.shape[1], codes.shape[2]
+    per_line = max(64 // codes.itemsize, 1)
+    for j in range(n):
+        if j + _AHEAD < n:
+            coming = key_of(pairs[j + _AHEAD])  # type: ignore[call-arg, var-annotated]
+            for at in range(0, dim, per_line):
+                prefetch(codes, (head * n_keys + coming) * dim + at)  # type: ignore[call-arg]
+        key = key_of(pairs[j])  # type: ignore[call-arg, var-annotated]
+        pairs[j] = packed(np.float32(dot(codes, head, key, query, half)), key)  # type: ignore[call-arg]

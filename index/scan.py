@@ -1,15 +1,16 @@
 """Scan of 4-bit codes of all keys, with exact scores for the best few hundred.
 
 No navigation that could fail: every key is scored by its code (product quantisation, Jegou et al. 2011; scanned from
-registers as in Andre et al. 2015, faiss's FastScan), then the best are scored exactly. Keys and queries are aligned
-first (`rabatch.index.alignment`): the stress of `rabatch.index.synthetic` costs plain codes up to 0.1 of the recall.
+registers as in Andre et al. 2015: `rabatch.index.lookup`), then the best are scored exactly. Keys and queries are
+aligned first (`rabatch.index.alignment`): the stress of `rabatch.index.synthetic` costs plain codes up to 0.1 of the
+recall.
 
 A code book of 16 words cannot say that a key is far larger than the others, and such keys are the ones many queries
 want. So the keys whose codes are worst, `EXCEPTIONS` of them, are scored exactly for every query.
 
-Measured at 128K keys of 128 dimensions, one core, re-ranking 512, share of the ideal top-100 mass / 10th percentile: 2
-dimensions a code .992 / .984 in 0.27 ms, with exceptions .998 / .993 in 0.31 ms; 4 dimensions a code with exceptions
-.950 / .827 in 0.28 ms; RaBitQ (faiss, FastScan) .980 / .945 in 1.0 ms.
+Measured with faiss's scan of such codes, 128K keys of 128 dimensions, one core of x86_64, re-ranking 512, share of the
+ideal top-100 mass / 10th percentile: 2 dimensions a code .992 / .984 in 0.27 ms, with exceptions .998 / .993 in 0.31
+ms; 4 dimensions a code with exceptions .950 / .827 in 0.28 ms; RaBitQ (faiss, FastScan) .980 / .945 in 1.0 ms.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from rabatch.index.base import (
 from rabatch.index.codes import Dtype, KeyCodes, encode
 from rabatch.index.compiled import read_only, run_ranges
 from rabatch.index.flat import FlatIndex
-from rabatch.index.lookup import blocked
+from rabatch.index.lookup import blocked, unblocked
 from rabatch.index.native import one_faiss_thread
 from rabatch.index.product import DIMS_PER_CODE, code_errors, coded, even, trained
 from rabatch.index.scan_search import scan_range
@@ -57,6 +58,7 @@ class ScanIndex:
             at all: the index was built of too few keys to learn codes from, and every search is exact.
         alignments: One per KV head.
         efforts: Default of `effort`, one per KV head; none, or 0: 4 x k.
+        grows: Whether the alignments are whole; else the index can neither be inserted into nor saved.
         threads: Threads of one search.
     """
 
@@ -71,6 +73,7 @@ class ScanIndex:
         alignments: Sequence[Alignment],
         *,
         efforts: Sequence[int] = (),
+        grows: bool = True,
         threads: int = 1,
     ) -> None:
         n_heads, n_keys, dim = keys.shape
@@ -83,32 +86,31 @@ class ScanIndex:
             )
         if exceptions.size and not -1 <= int(exceptions.min()) <= int(exceptions.max()) < n_keys:
             raise ConfigError("exceptions", (int(exceptions.min()), int(exceptions.max())), f"ids: -1 .. {n_keys - 1}")
-        self.keys, self.codes, self.books, self.exceptions = keys, codes, books, exceptions
-        self.alignments, self.threads = tuple(alignments), threads
+        self.keys, self.books, self.exceptions = keys, books, exceptions
+        self.alignments, self.grows, self.threads = tuple(alignments), grows, threads
         self._efforts = list(efforts) or [0] * n_heads
         if len(self._efforts) != n_heads or min(self._efforts, default=0) < 0:
             raise ConfigError("efforts", efforts, f"must be {n_heads} numbers >= 0")
-        self._flat: FlatIndex | None = None  # made when a search first has the full budget
+        self._flat: FlatIndex | None = None  # of searches with the full budget
         self._approximate = bool((exceptions >= 0).any())
-        self._grows = True
         self._is_exception = np.zeros((n_heads, n_keys), np.bool_)
         for head, ids in enumerate(exceptions):
             self._is_exception[head, ids[ids >= 0]] = True
-        self._arrange()
+        self._arrange(codes)
         if not self._approximate or max(self._efforts, default=0) >= n_keys:
             self._flat = FlatIndex(self.keys.decode())
 
-    def _arrange(self) -> None:
+    def _arrange(self, codes: NDArray[np.uint8]) -> None:
         """Lay out what searches read."""
-        arrays = (
-            np.stack([blocked(codes) for codes in self.codes]),
-            self.books,
-            self.to_query,
-            self.exceptions,
-            self._is_exception,
-            self.keys.codes,
-        )
+        blocks = np.stack([blocked(of_head) for of_head in codes])
+        arrays = (blocks, self.books, self.to_query, self.exceptions, self._is_exception, self.keys.codes)
         self._read = [read_only(array) for array in arrays]
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        """As given to the constructor; a copy, for they are held as searches read them."""
+        n_bytes = -(-self.books.shape[1] // 2)
+        return np.stack([unblocked(blocks, self.n_keys, n_bytes) for blocks in self._read[0]])
 
     @classmethod
     def stored(
@@ -118,20 +120,17 @@ class ScanIndex:
         books: NDArray[np.float32],
         exceptions: NDArray[np.int32],
         to_query: NDArray[np.float32],
-        *,
-        efforts: Sequence[int] = (),
-        threads: int = 1,
+        **options: Any,
     ) -> Self:
-        """The index of stored arrays, for searches: it cannot be inserted into or saved.
+        """The index of stored arrays, for searches.
 
         Args:
             to_query: [n_kv_heads, head_dim, head_dim], float32, of the alignments.
+            options: Of the constructor.
         """
         dim = keys.shape[2]
         alignments = [Alignment(np.zeros(dim, np.float32), np.eye(dim, dtype=np.float32), a) for a in to_query]
-        index = cls(keys, codes, books, exceptions, alignments, efforts=efforts, threads=threads)
-        index._grows = False
-        return index
+        return cls(keys, codes, books, exceptions, alignments, grows=False, **options)
 
     @property
     def to_query(self) -> NDArray[np.float32]:
@@ -149,7 +148,8 @@ class ScanIndex:
     @property
     def bytes_per_key(self) -> float:
         shared = self.books.nbytes + self.exceptions.nbytes + sum(2 * a.to_query.nbytes for a in self.alignments)
-        return self.keys.bytes_per_key + self.codes.shape[2] + shared / max(self.n_heads * self.n_keys, 1)
+        per_key = -(-self.books.shape[1] // 2) + self._is_exception.itemsize
+        return self.keys.bytes_per_key + per_key + shared / max(self.n_heads * self.n_keys, 1)
 
     @classmethod
     def build(
@@ -226,6 +226,7 @@ class ScanIndex:
             self.exceptions[heads],
             [self.alignments[head] for head in heads],
             efforts=efforts,
+            grows=self.grows,
             threads=self.threads,
         )
 
@@ -235,24 +236,23 @@ class ScanIndex:
         An index built of fewer than `MIN_KEYS` keys stays exact, however it grows.
 
         Raises:
-            ConfigError: The index was opened from stored arrays.
+            ConfigError: The index does not grow (`grows`).
         """
-        if not self._grows:
-            raise ConfigError("insert", "a stored index", "cannot grow; build one in memory")
+        self._check_grows()
         check_keys(keys, n_heads=self.n_heads, head_dim=self.keys.shape[2])
         first, n_new = self.n_keys, keys.shape[1]
         appended = self.keys.append(keys)  # first: it may refuse, and then nothing has changed
-        codes = np.zeros((self.n_heads, n_new, self.codes.shape[2]), np.uint8)
+        known = self.codes
+        codes = np.zeros((self.n_heads, n_new, known.shape[2]), np.uint8)
         exceptions = [np.empty(0, np.int64) for _ in range(self.n_heads)]
         for head in range(self.n_heads if self._approximate else 0):
             old = self.exceptions[head][self.exceptions[head] >= 0]
             vectors = even(self.alignments[head].keys(self.keys.rows(head, old)))
-            limit = code_errors(vectors, self.codes[head][old], self.books[head]).min()
+            limit = code_errors(vectors, known[head][old], self.books[head]).min()
             aligned = even(self.alignments[head].keys(keys[head]))
             codes[head] = coded(aligned, self.books[head])
             exceptions[head] = first + np.flatnonzero(code_errors(aligned, codes[head], self.books[head]) > limit)
         self.keys, self._flat = appended, None
-        self.codes = np.concatenate([self.codes, codes], axis=1)
         more = np.full((self.n_heads, max((len(ids) for ids in exceptions), default=0)), -1, np.int32)
         is_exception = np.zeros((self.n_heads, n_new), np.bool_)
         for head, ids in enumerate(exceptions):
@@ -260,10 +260,17 @@ class ScanIndex:
             is_exception[head, ids - first] = True
         self.exceptions = np.concatenate([self.exceptions, more], axis=1)
         self._is_exception = np.concatenate([self._is_exception, is_exception], axis=1)
-        self._arrange()
+        self._arrange(np.concatenate([known, codes], axis=1))
+
+    def _check_grows(self) -> None:
+        if not self.grows:
+            raise ConfigError(
+                "grows", self.grows, "a stored index is for searches; build one in memory to insert or save"
+            )
 
     def to_arrow(self) -> pa.Table:
-        """Codes as a column; books, exceptions and alignments beside them."""
+        """Codes as a column; books, exceptions and alignments beside them. ConfigError as of `insert`."""
+        self._check_grows()
         settings = {
             "kind": self.kind,
             "n_heads": self.n_heads,

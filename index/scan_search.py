@@ -6,11 +6,10 @@ import numpy as np
 
 from rabatch.index.compiled import compiled
 from rabatch.index.lookup import KEYS_PER_BLOCK, MAX_LEVEL, MAX_QUERIES, above_sums, sum_lookups
-from rabatch.index.machine import dot, prefetch
-from rabatch.index.topk.best import cut, key_of, packed, score_of, settle
+from rabatch.index.rerank import score_pairs
+from rabatch.index.topk.best import cut, packed, score_of, settle
 from rabatch.index.topk.lanes import lowest_bit
 
-_AHEAD = 8  # candidates whose memory is asked for before they are scored
 _COUNTED = 16384
 _MAXIMA = 3  # of groups of keys, for each key wanted: more cost more to make, fewer say less
 
@@ -122,7 +121,7 @@ def scan_range(  # type: ignore[no-untyped-def]
                 if exceptions[head, j] >= 0:
                     pairs[kept] = packed(np.float32(0), np.int64(exceptions[head, j]))  # type: ignore[call-arg]
                     kept += 1
-            _score(keys, head, prepared[head, row + i], half, pairs, kept)
+            score_pairs(keys, head, prepared[head, row + i], half, pairs, kept)
             settle(pairs, kept, k, scores[head, row + i], ids[head, row + i])
         item += n
 
@@ -147,17 +146,3 @@ def _best_sums(sums, bar, effort, n_keys, excluded, room):  # type: ignore[no-un
         cut(pairs, kept, effort)
         kept = effort
     return pairs, kept
-
-
-@compiled
-def _score(keys, head, query, half, pairs, kept):  # type: ignore[no-untyped-def]
-    """Give the keys of `pairs` their exact scores."""
-    n_keys, dim = keys.shape[1], keys.shape[2]
-    per_line = max(64 // keys.itemsize, 1)
-    for j in range(kept):
-        if j + _AHEAD < kept:
-            coming = key_of(pairs[j + _AHEAD])  # type: ignore[call-arg, var-annotated]
-            for at in range(0, dim, per_line):
-                prefetch(keys, (head * n_keys + coming) * dim + at)  # type: ignore[call-arg]
-        key = key_of(pairs[j])  # type: ignore[call-arg, var-annotated]
-        pairs[j] = packed(np.float32(dot(keys, head, key, query, half)), key)  # type: ignore[call-arg]

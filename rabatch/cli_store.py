@@ -46,7 +46,9 @@ def add_commands(add: Add) -> None:
     cli_arguments.add_store(inspect)
     inspect.add_argument("--document", metavar="ID", help="only the indexes of this document")
     inspect.add_argument("--model", metavar="NAME", help="only of this model: the name shown, or its part after the /")
-    inspect.add_argument("--index", choices=("graph", "none"), help="only with a graph, or only without")
+    inspect.add_argument(
+        "--index", choices=("graph", "scan", "none"), help="only with a graph, with codes, or with neither"
+    )
     inspect.add_argument("--newer-than", metavar="AGE", help="only built so long ago or less: 90s, 30m, 12h, 7d, 2w")
     inspect.add_argument("--older-than", metavar="AGE", help="only built so long ago or more")
     text = "read a whole store back and say what is wrong with it"

@@ -78,7 +78,7 @@ class Geometry:
 
     def holds(self, kind: str) -> bool:
         """Whether the layers with full attention have a ``"graph"`` or ``"scan"``."""
-        return kind in self.index.split("+")
+        return kind in held(self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,11 @@ class Manifest:
         """Raise IntegrityError, naming the field, unless every rule of the format holds."""
         expected = fingerprint_of(self.fingerprint_fields)
         check_rules(name or self.path, self, expected)
+
+
+def held(index: str) -> list[str]:
+    """What an index of a kind (`Geometry.index`) holds, of ``"graph"`` and ``"scan"``."""
+    return [] if index == "none" else index.split("+")
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:

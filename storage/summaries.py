@@ -104,7 +104,7 @@ class Filter:
 
     Args:
         model: The name a model was built under, or what follows its last slash.
-        index: ``"graph"`` or ``"none"``.
+        index: What an index must hold: ``"graph"`` or ``"scan"``; or ``"none"`` of them.
         since, until: Bounds of when an index was made, both included.
     """
 
@@ -119,7 +119,8 @@ class Filter:
             exact = pc.equal(table["model"], self.model)
             table = table.filter(pc.or_(exact, pc.ends_with(table["model"], "/" + self.model)))
         if self.index is not None:
-            table = table.filter(pc.equal(table["index"], self.index))
+            words = pc.split_pattern(table["index"], "+")
+            table = table.filter(pa.array([self.index in held for held in words.to_pylist()], pa.bool_()))
         if self.since is not None:
             table = table.filter(pc.greater_equal(table["created_us"], int(self.since.timestamp() * 1e6)))
         if self.until is not None:

@@ -2,7 +2,7 @@
 
 `rabatch answer` asks, of each document and model, the newest text, and of it the newest index that serves the recipe,
 unless it is told a fingerprint. What it never asks so is superseded: indexes of an earlier text, and of one text all
-but the newest with a graph and the newest without.
+but the newest, the newest with a graph and the newest with codes for a scan.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from rabatch.errors import StoreError
 from rabatch.storage.catalog import entries
+from rabatch.storage.manifest import held
 from rabatch.storage.store import IndexStore, OnError
 from rabatch.storage.summaries import id_text, summarise
 
@@ -57,10 +58,19 @@ def superseded(indexes: Iterable[Index]) -> list[Index]:
         texts = {index.content_sha256 for index in group if index.created_us == newest_us}
         newest_of: dict[str, int] = {}
         for index in group:
-            if index.content_sha256 in texts:
-                newest_of[index.index] = max(index.created_us, newest_of.get(index.index, index.created_us))
-        gone += [i for i in group if i.content_sha256 not in texts or i.created_us < newest_of[i.index]]
+            for need in _serves(index) if index.content_sha256 in texts else ():
+                newest_of[need] = max(index.created_us, newest_of.get(need, index.created_us))
+        gone += [
+            index
+            for index in group
+            if index.content_sha256 not in texts or all(index.created_us < newest_of[need] for need in _serves(index))
+        ]
     return gone
+
+
+def _serves(index: Index) -> list[str]:
+    """What recipes need of an index: one that is there, or one that holds this."""
+    return ["", *held(index.index)]
 
 
 def withdraw_superseded(store: IndexStore, *, dry_run: bool = False) -> Withdrawal:

@@ -61,28 +61,28 @@ def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return _call(builder, "llvm.fmuladd.v16f32", _V, [x, y, z])
 
 
-def _loop(builder: Any, count: Any, starts: list[Any], body: Any) -> list[Any]:
+def loop(builder: Any, count: Any, starts: list[Any], body: Any) -> list[Any]:
     """`values = body(i, values)` for i in range(count), from `starts`; the values after it."""
     entry, function = builder.block, builder.function
-    loop, done = function.append_basic_block("lanes.loop"), function.append_basic_block("lanes.done")
-    builder.cbranch(builder.icmp_signed(">", count, _I64(0)), loop, done)
-    builder.position_at_end(loop)
+    again, done = function.append_basic_block("lanes.loop"), function.append_basic_block("lanes.done")
+    builder.cbranch(builder.icmp_signed(">", count, _I64(0)), again, done)
+    builder.position_at_end(again)
     i = builder.phi(_I64)
     i.add_incoming(_I64(0), entry)
     values = [builder.phi(start.type) for start in starts]
     after = body(i, values)
     for value, start, new in zip(values, starts, after, strict=True):
         value.add_incoming(start, entry)
-        value.add_incoming(new, loop)
+        value.add_incoming(new, again)
     following = builder.add(i, _I64(1))
-    i.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    i.add_incoming(following, again)
+    builder.cbranch(builder.icmp_signed("<", following, count), again, done)
     builder.position_at_end(done)
     results = []
     for start, new in zip(starts, after, strict=True):
         result = builder.phi(start.type)
         result.add_incoming(start, entry)
-        result.add_incoming(new, loop)
+        result.add_incoming(new, again)
         results.append(result)
     return results
 
@@ -102,7 +102,7 @@ def add_tile(typing_context, a, a_at, a_step, b, b_at, b_step, c, c_at, c_step, 
             numbers = [builder.load(builder.gep(row, [i]), align=4) for row in rows]
             return [_fma(builder, _broadcast(builder, x), lanes, s) for x, s in zip(numbers, sums, strict=True)]
 
-        sums = _loop(builder, depth_, [_splat(0)] * TILE_ROWS, body)
+        sums = loop(builder, depth_, [_splat(0)] * TILE_ROWS, body)
         for r, new in enumerate(sums):
             target = builder.bitcast(builder.gep(c_0, [builder.mul(c_step_, _I64(r))]), _V.as_pointer())
             old = builder.load(target, align=4)
@@ -137,9 +137,11 @@ def exp_minus(typing_context, array, at, panels, offset):  # type: ignore[no-unt
             exponent = builder.shl(builder.add(whole, ir.Constant(_VI, [127] * LANES)), ir.Constant(_VI, [23] * LANES))
             y = builder.fmul(y, builder.bitcast(exponent, _V))
             builder.store(y, builder.bitcast(pointer, _V.as_pointer()), align=4)
-            return [builder.fadd(sums[0], y)]
+            # A flag of its own, or numba gives it `reassoc`: LLVM then splits the sum by how many panels there are, and
+            # a row's result depends on the rows beside it.
+            return [builder.fadd(sums[0], y, flags=("nsz",))]
 
-        (total,) = _loop(builder, arguments[2], [_splat(0)], body)
+        (total,) = loop(builder, arguments[2], [_splat(0)], body)
         arguments = [_F32(0.0), total]
         return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, arguments, fastmath=("reassoc",))
 
@@ -157,7 +159,7 @@ def greatest(typing_context, array, at, panels):  # type: ignore[no-untyped-def]
             x = _lanes_at(builder, builder.gep(base, [builder.mul(i, _I64(LANES))]))
             return [builder.select(builder.fcmp_ordered(">", x, best[0]), x, best[0])]
 
-        (best,) = _loop(builder, arguments[2], [_splat(-math.inf)], body)
+        (best,) = loop(builder, arguments[2], [_splat(-math.inf)], body)
         return _call(builder, "llvm.vector.reduce.fmax.v16f32", _F32, [best])
 
     return types.float32(_FLAT, types.intp, types.intp), generate

@@ -114,7 +114,7 @@ def _attend_questions(  # type: ignore[no-untyped-def]
                 weigh = _weigh(
                     lines, r * width, line, ours, r * dim, rows[r], group, head, scores, ids, tail_keys, begins, places,
                     counts, bias, of_key, zone_keys, zones[r], softcap, goal, first_row, n_static, codes.shape[1],
-                    (at_found, at_tail, at_tail + (longest + LANES - 1) // LANES * LANES), seen[question],
+                    (at_found, at_tail, width), seen[question],
                 )  # fmt: skip
                 kept[r] = weigh[0]
                 stats[question, 0] += weigh[1]
