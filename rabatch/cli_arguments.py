@@ -149,6 +149,13 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    text = (
+        "folder with full_attention_heads.tsv: only heads with a high gate keep more than the static set (DuoAttention)"
+    )
+    group.add_argument("--head-pattern", metavar="PATH", help=text)
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
+    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -263,6 +270,9 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
+        head_pattern=arguments.head_pattern,
+        head_sparsity=arguments.sparsity,
+        head_threshold=arguments.threshold,
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")
