@@ -149,9 +149,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
-    text = (
-        "folder with full_attention_heads.tsv: only heads with a high gate keep more than the static set (DuoAttention)"
-    )
+    text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
     group.add_argument("--head-pattern", metavar="PATH", help=text)
     kept = group.add_mutually_exclusive_group()
     kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")

@@ -114,8 +114,9 @@ def open_context(
     def read(number: int) -> ContextLayer:
         with _naming(manifest):
             # Once: a digest takes longer than all the rest of reading a part from the page cache.
-            blocks = [store.read_heads(manifest, number, streaming=some, check="once") for some in (False, True)]
-            layer = _whole_layer(*blocks, manifest, recipe, loaded, threads)
+            keeping = store.read_heads(manifest, number, streaming=False, check="once")
+            streaming = store.read_heads(manifest, number, streaming=True, check="once")
+            layer = _whole_layer(keeping, streaming, manifest, recipe, loaded, threads)
         if not manifest.geometry.sliding_windows[number]:
             layer.prepare(recipe)  # what is made now counts among the layer's bytes, and no pass waits for it
         return layer

@@ -1,7 +1,7 @@
 """Which KV heads keep the whole context, and which only its static set (DuoAttention, arXiv 2410.10819).
 
 A gate in [0, 1] per layer and KV head says how much a head needs the middle of a context. They are published as a
-folder with ``full_attention_heads.tsv``, rows layers and columns KV heads, and ``config.json`` about how they were made.
+folder with ``full_attention_heads.tsv``, rows layers and columns KV heads, and ``config.json``, how they were made.
 """
 
 from __future__ import annotations

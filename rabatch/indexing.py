@@ -31,7 +31,8 @@ PROFILE_POSITIONS = 32
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
     """Keys, values and, for a full-attention layer, per KV head what the index is made of, zones and a profile.
 
-    Streaming heads have nothing but keys and values. There are no zones if `zone_tokens` is 0, and no profile if the unit holds no query vectors.
+    Streaming heads have nothing but keys and values. There are no zones if `zone_tokens` is 0, and no profile if the
+    unit holds no query vectors.
 
     Raises:
         KeysError: Keys, values or sampled queries are not finite: the prefill overflowed.
@@ -64,12 +65,11 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         if build.zone_tokens:
             zones = partition(indexed, zone_tokens=build.zone_tokens, threads=threads)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
+    positions = static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)
     return LayerBlock(
         layer=unit["layer"],
         head_start=unit["head_start"],
-        positions=(static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)).astype(
-            np.int32
-        ),
+        positions=positions.astype(np.int32),
         keys=keys,
         values=values,
         neighbors=neighbors,

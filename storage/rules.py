@@ -136,8 +136,7 @@ def _check_geometry(geometry: Geometry, rule: Rule) -> None:
     )
     streaming = geometry.streaming_heads
     sound = len(streaming) in (0, geometry.n_layers) and all(
-        not heads
-        or (not window and list(heads) == sorted({*heads}) and 0 <= heads[0] and heads[-1] < geometry.n_kv_heads)
+        not heads or (not window and _ascending(heads, geometry.n_kv_heads))
         for heads, window in zip(streaming, windows, strict=False)
     )
     fix = f"must be, for each of {geometry.n_layers} layers, ascending heads; none where the layer has a window"
@@ -179,3 +178,7 @@ def _check_coverage(manifest: Manifest, rule: Rule) -> None:
     for layer, stop in enumerate(stops):
         what = f"layer {layer}: must cover {manifest.geometry.n_kv_heads} heads"
         rule(stop == manifest.geometry.n_kv_heads, "parts", stop, what)
+
+
+def _ascending(heads: tuple[int, ...], n_heads: int) -> bool:
+    return list(heads) == sorted({*heads}) and heads[0] >= 0 and heads[-1] < n_heads

@@ -30,7 +30,8 @@ class Seen(NamedTuple):
         mass: [context_tokens], float32: where the attention of its answering tokens went, summed over heads and tokens.
         attended_share: Context keys attended / context keys, mean over tokens, query heads and full-attention layers.
         mass_share: Softmax mass held by the keys attended, mean likewise; of the mass of the others the estimate by
-            zones counts, and what streaming heads do not keep has none. None: nothing was estimated, so it is not known, or no layer has full attention.
+            zones counts, and what streaming heads do not keep has none. None: nothing was estimated, so it is not
+            known, or no layer has full attention.
     """
 
     mass: np.ndarray
