@@ -27,16 +27,18 @@ _BATCH_ROWS = 16_384
 _json_text = json.encoder.encode_basestring_ascii
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _JSON_COLUMNS = (
-    *("created_us", "document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "sink_tokens"),
-    *("window_tokens", "dtype", "model", "created_at", "parts", "fingerprint", "content_sha256", "path", "metadata"),
+    *("created_us", "document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "heads"),
+    *("streaming_heads", "sink_tokens", "window_tokens", "dtype", "model", "created_at", "parts", "fingerprint"),
+    *("content_sha256", "path", "metadata"),
 )
 _TABLE_COLUMNS = (
-    *("document_id", "context_tokens", "stored_bytes", "index", "model", "dtype", "created_us", "fingerprint"),
+    *("document_id", "context_tokens", "stored_bytes", "index", "streaming_heads", "heads", "model", "dtype"),
+    *("created_us", "fingerprint"),
 )
 _DIGITS = 12  # shown of a fingerprint
 _NUMBERS = (1, 2)
 _WIDEST_AGE = "119 seconds ago"
-_HEADING = ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
+_HEADING = ("document", "tokens", "bytes", "index", "streaming", "model", "dtype", "built", "fingerprint")
 
 
 def add_commands(add: Add) -> None:
@@ -152,11 +154,14 @@ def _widths(table: pa.Table) -> list[int]:
     import pyarrow.compute as pc
 
     widths = {"created_us": len(_WIDEST_AGE), "fingerprint": _DIGITS}
+    heads, streaming = (pc.max(table[name]).as_py() or 0 for name in ("heads", "streaming_heads"))
+    widths["streaming_heads"] = len(_streaming(streaming, heads))
     for name in ("context_tokens", "stored_bytes"):
         widths[name] = len(f"{pc.max(table[name]).as_py() or 0:,}")
     for name in ("document_id", "model", "index", "dtype"):
         widths[name] = min(_ID_WIDTH, pc.max(pc.binary_length(table[name])).as_py() or 0)
-    return [max(len(word), widths[name]) for word, name in zip(_HEADING, _TABLE_COLUMNS, strict=True)]
+    cells = [name for name in _TABLE_COLUMNS if name != "heads"]  # which stands in the same cell as those that stream
+    return [max(len(word), widths[name]) for word, name in zip(_HEADING, cells, strict=True)]
 
 
 def _form(widths: list[int], thousands: str) -> str:
@@ -170,10 +175,18 @@ def _columns(table: pa.Table, now: datetime) -> Iterator[list[list[Any]]]:
 
     now_us = int(now.timestamp() * 1e6)
     for batch in table.select(_TABLE_COLUMNS).to_batches(_BATCH_ROWS):
-        ids, tokens, size, index, model, dtype, created_us, fingerprint = (c.to_pylist() for c in batch.columns)
+        ids, tokens, size, index, some, every, model, dtype, created_us, fingerprint = (
+            c.to_pylist() for c in batch.columns
+        )
+        heads = list(map(_streaming, some, every))
         ages = [_age((now_us - us) // 1_000_000) for us in created_us]
         names = [_shorten(id_text(data)) for data in ids]
-        yield [names, tokens, size, index, [*map(_shorten, model)], dtype, ages, [t[:_DIGITS] for t in fingerprint]]
+        digits = [t[:_DIGITS] for t in fingerprint]
+        yield [names, tokens, size, index, heads, [*map(_shorten, model)], dtype, ages, digits]
+
+
+def _streaming(some: int, every: int) -> str:
+    return f"{some} of {every}" if some else "-"
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from rabatch.attention.caches import ContextCache
 from rabatch.attention.context import QuestionAttention
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
@@ -132,3 +131,201 @@ def test_full_budget_equals_a_mask_per_head(setting: Setting, expected: list[Ten
     found = found_logits(setting, **recipe)
     for row, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(row, wanted, atol=TOLERANCE * float(wanted.abs().max()), rtol=TOLERANCE)
+
+
+def test_more_than_the_static_set_would_be_seen(setting: Setting, expected: list[Tensor]) -> None:
+    """The comparison above can fail: the model's own attention, in which no head streams, is another."""
+    everything = [[1] * len(row) for row in setting.pattern]
+    unmasked = [reference_logits(setting._replace(pattern=everything), tail) for tail in tails(setting.loaded)]
+    differ = [float((a - b).abs().max()) for a, b in zip(expected, unmasked, strict=True)]
+    assert min(differ) > 100 * TOLERANCE
+
+
+def test_units_hold_nothing_beyond_the_static_set(setting: Setting) -> None:
+    """And no lists; where a whole layer streams, none are made."""
+    loaded, pattern, _, manifest = setting
+    document, _ = generate_document(document_id="d", tokens=300, n_questions=2, seed=5)
+    build = dataclasses.replace(BUILD, head_pattern=pattern)
+    context = encode(loaded, "d", document["text"])
+    cache, capture = run(loaded, [context], build)
+    shape, windows = loaded.geometry, manifest.geometry.sliding_windows
+    static = [*range(SINK), *range(len(context) - WINDOW, len(context))]
+    units = [unit for _, unit in prefill_units(loaded, [context], build)][1:]
+    heads = {(unit["layer"], head) for unit in units for head in range(unit["head_start"], unit["head_stop"])}
+    assert heads == {(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_kv_heads)}
+    for unit in units:
+        layer, some = unit["layer"], slice(unit["head_start"], unit["head_stop"])
+        streams = [not kept for kept in pattern[layer][some]]
+        if windows[layer]:
+            continue
+        assert len(set(streams)) == 1  # a unit's heads are of one kind
+        assert (unit["lists"] == b"") == (unit["queries"] == b"") == streams[0]
+        for name, states in zip(("keys", "values"), cache.states(layer), strict=True):
+            wanted = states[some][:, static] if streams[0] else states[some]
+            assert unit[name] == wanted.contiguous().view(torch.uint8).numpy().tobytes()
+    sampled = {layer for layer in range(shape.n_layers) if capture.contexts[0].of_heads(layer, 0, 1)[0].shape[1]}
+    assert sampled == {layer for layer, kept in enumerate(pattern) if any(kept) and not windows[layer]}
+
+
+def test_keys_of_later_layers_are_those_of_the_model(setting: Setting, tmp_path: Path) -> None:
+    """Prefill attends exactly, whatever is kept."""
+    loaded, pattern, store, manifest = setting
+    document, _ = generate_document(document_id="d", tokens=300, n_questions=2, seed=5)
+    whole_store = new_store(tmp_path)
+    whole = store_document(loaded, whole_store, document["text"], BUILD)
+    assert whole.fingerprint != manifest.fingerprint
+    for layer, row in enumerate(pattern):
+        theirs = whole_store.read_layer(whole, layer)
+        for streaming in (False, True):
+            block = store.read_heads(manifest, layer, streaming=streaming)
+            if block is None:
+                continue
+            heads = manifest.geometry.heads(layer, streaming=streaming)
+            if not manifest.geometry.sliding_windows[layer]:
+                assert heads == [head for head, kept in enumerate(row) if kept != streaming]
+            rows = np.searchsorted(theirs.positions, block.positions)
+            torch.testing.assert_close(block.keys, theirs.keys[heads][:, rows], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(block.values, theirs.values[heads][:, rows], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming", "graph"])
+def test_memory_holds_no_bulk_rows_of_streaming_heads(setting: Setting, method: str) -> None:
+    loaded, _, store, manifest = setting
+    context = open_context(store, manifest, loaded, Recipe(method=method, top_k=20))
+    rows = min(SINK + WINDOW, manifest.context_tokens)
+    for number, layer in enumerate(context.layers):
+        streaming = manifest.geometry.heads(number, streaming=True)
+        groups = [group for group in layer.groups if group.left_out]
+        assert [len(group.keys) for group in groups] == ([len(streaming)] if streaming else [])
+        for group in groups:
+            assert tuple(group.keys.shape[1:]) == (rows, loaded.geometry.head_dim)
+            assert not group.indexes
+            assert bytes_of(group) < 12 * group.keys.nbytes + 8192  # copies that kernels read among them
+        assert layer.n_kv_heads == loaded.geometry.n_kv_heads
+        assert layer.context_tokens == manifest.context_tokens
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming", "graph", "flat"])
+def test_shares_count_what_is_attended(setting: Setting, method: str) -> None:
+    """Of a streaming head, the static set of all context tokens; and of the mass, all that it keeps."""
+    loaded, _, store, manifest = setting
+    n, k = manifest.context_tokens, 20
+    recipe = Recipe(method=method, top_k=k, budget="fixed", question_attention="index")
+    context = open_context(store, manifest, loaded, recipe)
+    static = SINK + WINDOW
+    attends = {"dense": n, "streaming": static, "graph": static + k, "flat": static + k}[method]
+    full = [number for number, window in enumerate(manifest.geometry.sliding_windows) if not window]
+    heads = len(full) * loaded.geometry.n_kv_heads
+    streaming = sum(map(len, manifest.geometry.streaming_heads))
+    wanted = (streaming * static + (heads - streaming) * attends) / (heads * n)
+
+    def look(executor: Executor) -> None:
+        for slot in range(len(QUESTIONS)):
+            seen = executor.attention.seen(slot)
+            assert seen.attended_share == pytest.approx(wanted, rel=1e-6)
+            assert (seen.mass_share is None) == (method == "streaming" and heads > streaming)
+            assert seen.mass_share is None or 0 < seen.mass_share <= 1 + 1e-6
+            if method == "dense":
+                assert seen.mass_share == pytest.approx(1.0)
+
+    tail_logits(context, tails(loaded), recipe, STEPS, then=look)
+
+
+@pytest.mark.parametrize("method", ["dense", "graph"])
+def test_evidence_of_streaming_heads_lies_in_the_static_set(setting: Setting, method: str, tmp_path: Path) -> None:
+    loaded, pattern, _, _ = setting
+    document, _ = generate_document(document_id="d", tokens=300, n_questions=2, seed=5)
+    store = new_store(tmp_path)
+    build = dataclasses.replace(BUILD, head_pattern=[[0] * len(row) for row in pattern])
+    manifest = store_document(loaded, store, document["text"], build)
+    recipe = Recipe(method=method, top_k=20)
+
+    def look(executor: Executor) -> None:
+        mass = executor.attention.seen(0).mass
+        assert mass[:SINK].sum() > 0
+        assert mass[-WINDOW:].sum() > 0
+        assert mass[SINK:-WINDOW].sum() == 0
+
+    tail_logits(open_context(store, manifest, loaded, recipe), tails(loaded), recipe, STEPS, then=look)
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming", "graph"])
+@pytest.mark.parametrize("question_attention", ["exact", "index"])
+def test_torch_attends_as_the_compiled_kernels_do(
+    setting: Setting, method: str, question_attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _, store, manifest = setting
+    recipe = Recipe(method=method, top_k=20, question_attention=question_attention)
+    context = open_context(store, manifest, loaded, recipe)
+    begin, seen, found = QuestionAttention.begin, [], []
+
+    def on_card(self: QuestionAttention, *args: Any, **options: Any) -> Tensor:
+        self.compiled = False
+        return begin(self, *args, **options)
+
+    for patched in (begin, on_card):
+        monkeypatch.setattr(QuestionAttention, "begin", patched)
+        look = lambda executor: seen.append([executor.attention.seen(i) for i in range(len(QUESTIONS))])  # noqa: E731
+        found.append(tail_logits(context, tails(loaded), recipe, STEPS, then=look))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(*seen, strict=True):
+        assert mine.attended_share == pytest.approx(theirs.attended_share)
+        assert mine.mass_share == (None if theirs.mass_share is None else pytest.approx(theirs.mass_share, rel=1e-4))
+        if question_attention == "index" and method != "dense":  # exact attention names its best keys only
+            np.testing.assert_allclose(mine.mass, theirs.mass, atol=1e-4)
+
+
+def answers(rows: list[dict]) -> dict[str, tuple]:
+    return {row["question_id"]: (row["answer"], row["evidence"], row["attended_share"]) for row in rows}
+
+
+@pytest.mark.parametrize("method", ["dense", "graph"])
+def test_order_batch_and_long_tails_do_not_change_answers(setting: Setting, method: str) -> None:
+    """Nor does a tail that outgrows its limit and is searched, for either kind of heads."""
+    loaded, _, store, manifest = setting
+    recipe = Recipe(method=method, top_k=20, tail_tokens=16)
+    context = open_context(store, manifest, loaded, recipe)
+    long = "Why " + "and why " * 200 + "?"  # more than `tail_tokens` and a block of an overlay
+    questions = [{"question_id": str(i), "question": q} for i, q in enumerate([*QUESTIONS, long])]
+    greedy = GenerationSettings(max_new_tokens=6, do_sample=False)
+    together = answers(answer_batch(context, questions, recipe, greedy))
+    assert all(answer is not None for answer, _, _ in together.values())
+    assert answers(answer_batch(context, questions[::-1], recipe, greedy, slots=2)) == together
+    for question in questions:
+        alone = answers(answer_batch(context, [question], recipe, greedy))
+        assert alone == {question["question_id"]: together[question["question_id"]]}
+
+
+def test_a_document_shorter_than_the_static_set(setting: Setting, tmp_path: Path) -> None:
+    """All of it is kept, by every head."""
+    loaded, pattern, _, _ = setting
+    store, wide = new_store(tmp_path), dataclasses.replace(BUILD, window_tokens=4096)
+    text = "The gate code is 5081. Gina Ekman works at the Quill school."
+    found = []
+    for number, build in enumerate((dataclasses.replace(wide, head_pattern=pattern), wide)):
+        manifest = store_document(loaded, store, text, build, document_id=str(number))
+        for method in ("dense", "graph"):
+            recipe = Recipe(method=method)
+            found.append(tail_logits(open_context(store, manifest, loaded, recipe), tails(loaded), recipe, STEPS))
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_recipe_auto_takes_its_times_of_mixed_layers(setting: Setting) -> None:
+    loaded, _, store, manifest = setting
+    recipe = Recipe(method="auto", top_k=20, question_attention="auto")
+    context = open_context(store, manifest, loaded, recipe)
+    rows = answer_batch(context, [{"question_id": "q", "question": QUESTIONS[0]}], recipe, GenerationSettings())
+    assert [row["status"] for row in rows] == ["ok"], rows[0]["reason"]
+
+
+def test_a_pattern_of_another_model_is_refused(setting: Setting) -> None:
+    loaded, pattern, _, _ = setting
+    build = dataclasses.replace(BUILD, head_pattern=[*pattern, pattern[0]])
+    message = f"the pattern has {len(pattern) + 1} layers of .*, the model {len(pattern)} layers of "
+    for call in (
+        lambda: index_fields(loaded.config, build),
+        lambda: list(prefill_units(loaded, [encode(loaded, "d", "text")], build)),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
