@@ -47,6 +47,9 @@ RECIPES: list[dict[str, Any]] = [
 ]
 # One with GQA (four query heads, two KV heads), one with sliding layers between, and the demo model.
 MODELS = ["qwen3", "gemma2", "demo"]
+one_model = pytest.mark.parametrize("setting", ["qwen3"], indirect=True, scope="module")
+"""Of its three layers one keeps all heads, one some and one none."""
+tiny_models = pytest.mark.parametrize("setting", ["qwen3", "gemma2"], indirect=True, scope="module")
 
 
 class Setting(NamedTuple):
@@ -133,6 +136,7 @@ def test_full_budget_equals_a_mask_per_head(setting: Setting, expected: list[Ten
         torch.testing.assert_close(row, wanted, atol=TOLERANCE * float(wanted.abs().max()), rtol=TOLERANCE)
 
 
+@tiny_models
 def test_more_than_the_static_set_would_be_seen(setting: Setting, expected: list[Tensor]) -> None:
     """The comparison above can fail: the model's own attention, in which no head streams, is another."""
     everything = [[1] * len(row) for row in setting.pattern]
@@ -141,6 +145,7 @@ def test_more_than_the_static_set_would_be_seen(setting: Setting, expected: list
     assert min(differ) > 100 * TOLERANCE
 
 
+@tiny_models
 def test_units_hold_nothing_beyond_the_static_set(setting: Setting) -> None:
     """And no lists; where a whole layer streams, none are made."""
     loaded, pattern, _, manifest = setting
@@ -167,6 +172,7 @@ def test_units_hold_nothing_beyond_the_static_set(setting: Setting) -> None:
     assert sampled == {layer for layer, kept in enumerate(pattern) if any(kept) and not windows[layer]}
 
 
+@tiny_models
 def test_keys_of_later_layers_are_those_of_the_model(setting: Setting, tmp_path: Path) -> None:
     """Prefill attends exactly, whatever is kept."""
     loaded, pattern, store, manifest = setting
@@ -188,6 +194,7 @@ def test_keys_of_later_layers_are_those_of_the_model(setting: Setting, tmp_path:
             torch.testing.assert_close(block.values, theirs.values[heads][:, rows], atol=1e-4, rtol=1e-4)
 
 
+@one_model
 @pytest.mark.parametrize("method", ["dense", "streaming", "graph"])
 def test_memory_holds_no_bulk_rows_of_streaming_heads(setting: Setting, method: str) -> None:
     loaded, _, store, manifest = setting
@@ -205,6 +212,7 @@ def test_memory_holds_no_bulk_rows_of_streaming_heads(setting: Setting, method: 
         assert layer.context_tokens == manifest.context_tokens
 
 
+@tiny_models
 @pytest.mark.parametrize("method", ["dense", "streaming", "graph", "flat"])
 def test_shares_count_what_is_attended(setting: Setting, method: str) -> None:
     """Of a streaming head, the static set of all context tokens; and of the mass, all that it keeps."""
@@ -231,6 +239,7 @@ def test_shares_count_what_is_attended(setting: Setting, method: str) -> None:
     tail_logits(context, tails(loaded), recipe, STEPS, then=look)
 
 
+@one_model
 @pytest.mark.parametrize("method", ["dense", "graph"])
 def test_evidence_of_streaming_heads_lies_in_the_static_set(setting: Setting, method: str, tmp_path: Path) -> None:
     loaded, pattern, _, _ = setting
@@ -249,6 +258,7 @@ def test_evidence_of_streaming_heads_lies_in_the_static_set(setting: Setting, me
     tail_logits(open_context(store, manifest, loaded, recipe), tails(loaded), recipe, STEPS, then=look)
 
 
+@one_model
 @pytest.mark.parametrize("method", ["dense", "streaming", "graph"])
 @pytest.mark.parametrize("question_attention", ["exact", "index"])
 def test_torch_attends_as_the_compiled_kernels_do(
@@ -276,9 +286,10 @@ def test_torch_attends_as_the_compiled_kernels_do(
 
 
 def answers(rows: list[dict]) -> dict[str, tuple]:
-    return {row["question_id"]: (row["answer"], row["evidence"], row["attended_share"]) for row in rows}
+    return {row["question_id"]: (row["answer"], round(row["attended_share"], 6)) for row in rows}
 
 
+@one_model
 @pytest.mark.parametrize("method", ["dense", "graph"])
 def test_order_batch_and_long_tails_do_not_change_answers(setting: Setting, method: str) -> None:
     """Nor does a tail that outgrows its limit and is searched, for either kind of heads."""
@@ -289,13 +300,14 @@ def test_order_batch_and_long_tails_do_not_change_answers(setting: Setting, meth
     questions = [{"question_id": str(i), "question": q} for i, q in enumerate([*QUESTIONS, long])]
     greedy = GenerationSettings(max_new_tokens=6, do_sample=False)
     together = answers(answer_batch(context, questions, recipe, greedy))
-    assert all(answer is not None for answer, _, _ in together.values())
+    assert all(answer for answer, _ in together.values())
     assert answers(answer_batch(context, questions[::-1], recipe, greedy, slots=2)) == together
     for question in questions:
         alone = answers(answer_batch(context, [question], recipe, greedy))
         assert alone == {question["question_id"]: together[question["question_id"]]}
 
 
+@one_model
 def test_a_document_shorter_than_the_static_set(setting: Setting, tmp_path: Path) -> None:
     """All of it is kept, by every head."""
     loaded, pattern, _, _ = setting
@@ -311,6 +323,7 @@ def test_a_document_shorter_than_the_static_set(setting: Setting, tmp_path: Path
         torch.testing.assert_close(logits, found[0], atol=1e-4, rtol=1e-4)
 
 
+@one_model
 def test_recipe_auto_takes_its_times_of_mixed_layers(setting: Setting) -> None:
     loaded, _, store, manifest = setting
     recipe = Recipe(method="auto", top_k=20, question_attention="auto")
@@ -319,6 +332,7 @@ def test_recipe_auto_takes_its_times_of_mixed_layers(setting: Setting) -> None:
     assert [row["status"] for row in rows] == ["ok"], rows[0]["reason"]
 
 
+@one_model
 def test_a_pattern_of_another_model_is_refused(setting: Setting) -> None:
     loaded, pattern, _, _ = setting
     build = dataclasses.replace(BUILD, head_pattern=[*pattern, pattern[0]])
