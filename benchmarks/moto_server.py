@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import queue
 import re
 import time
 from collections import Counter
@@ -37,10 +38,10 @@ def moto_server(fill: Callable[[Any], None] | None = None) -> Iterator[Server]:
     process.start()
 
     def requests() -> dict[str, int]:
-        time.sleep(0.5)  # the log comes a little later than the answer
         found: Counter[str] = Counter()
-        while not asked.empty():
-            found[_kind(*asked.get())] += 1
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found[_kind(*asked.get(timeout=2))] += 1  # the log comes a little later than the answer
         return dict(sorted(found.items()))
 
     yield Server({"key": "key", "secret": "secret", "endpoint_url": f"http://127.0.0.1:{ports.get()}"}, requests)

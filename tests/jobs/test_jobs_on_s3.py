@@ -18,10 +18,10 @@ from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
 from rabatch.storage.store import IndexStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options() -> Iterator[dict[str, Any]]:
     """Options of fsspec for a server with the bucket `bucket`. They carry the credentials, so that actors have them."""
     server = ThreadedMotoServer(port=0)
