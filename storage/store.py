@@ -178,9 +178,12 @@ class IndexStore:
         folder = self.folder
         folders = folder.subfolders("manifests") if fingerprint is None else [f"manifests/{fingerprint[:16]}"]
         start = document_key(document_id) + "-"
-        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
-            listed = pool.map(lambda path: folder.files(path, start), folders)
-            paths = [file.path for files in listed for file in files]
+        if folder.is_local:  # where threads would wait for each other, once for every name in a folder
+            listed = [folder.files(path, start) for path in folders]
+        else:
+            with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+                listed = list(pool.map(lambda path: folder.files(path, start), folders))
+        paths = [file.path for files in listed for file in files]
         found = self.read_manifests(paths, on_error=on_error)
         return [m for m in found if m.document_id == document_id and fingerprint in (None, m.fingerprint)]
 
