@@ -239,7 +239,7 @@ def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._Ar
         group.add_argument(pool, type=_pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
     _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
-    text = "main memory of an actor that runs the model; 0: by the model's size"
+    text = "main memory that Ray reserves for an actor that runs the model; 0: none"
     _number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
     group.add_argument("--max-failed-rows", type=int, metavar="N", help="stop when more rows fail (no limit)")
     return group
