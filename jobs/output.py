@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rabatch.errors import ConfigError
+from rabatch.exporting import jsonl_bytes
 from rabatch.jobs.cluster import worker_url
 from rabatch.storage.filesystem import Folder
 
@@ -19,18 +19,6 @@ def parquet_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
-
-
-def jsonl_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
-    """`rows` as JSON lines, the columns of `schema` in its order."""
-    lines = (json.dumps({name: row.get(name) for name in schema.names}, ensure_ascii=False) for row in rows)
-    return "".join(line + "\n" for line in lines).encode()
-
-
-def read_parquet(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a Parquet file."""
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-    return rows
 
 
 def write_rows(
