@@ -62,7 +62,8 @@ class Cron:
         try:
             first = next(self.after(datetime.now(UTC)), None)
         except CronSimError as error:
-            raise ConfigError("cron", self.expression, f"is no cron expression ({error}); write it {example}") from error
+            fix = f"is no cron expression ({error}); write it {example}"
+            raise ConfigError("cron", self.expression, fix) from error
         if first is None:
             raise ConfigError("cron", self.expression, "never comes; check its day and month")
 

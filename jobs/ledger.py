@@ -6,12 +6,12 @@
     runs/000007/beat-0001.json    until when the holder of that lease counts as alive, written again and again
     runs/000007/done.json     how it ended
 
-All but beats are created if absent and never changed. A run has the number after the last one, and is appended only when
-that one is done: so of several schedulers one creates it, no two runs overlap, and no fire is run twice. A holder
+All but beats are created if absent and never changed. A run has the number after the last one, and is appended only
+when that one is done: so of several schedulers one creates it, no two runs overlap, and no fire is run twice. A holder
 that died lets its beat expire; then of several others one creates the next lease, and finishes the run.
 
 Schedulers compare the time of a beat with their own clock. A clock that is ahead by more than a lease takes over from a
-holder that lives: the work is then done twice at the same time, which build and answer bear, and done once in the books.
+holder that lives: the work is then done twice at the same time, which build and answer bear, and entered once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Schedules: a pipeline run at the times of a cron expression, once each, by however many schedulers.
 
 What is due is decided by the books below the answers' URL (`rabatch.jobs.ledger`), so a scheduler may be killed,
-started again, or stand beside others. A run is the latest fire that has come; those before it that nobody ran are caught
-up by it, once, because a run asks everything that is not answered yet.
+started again, or stand beside others. A run is for the latest fire that has come; those before it that nobody ran are
+caught up by it, once, because a run asks everything that is not answered yet.
 """
 
 from __future__ import annotations
@@ -176,6 +176,6 @@ class Scheduler:
             return self._run(run.fire)
         except RabatchError as error:
             return {"exit_code": 2, "reason": " ".join(str(error).split())}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a scheduler outlives what it runs)
             _log.exception("schedule: run %d ended by an error", run.number)
             return {"exit_code": 2, "reason": f"unexpected {type(error).__name__}: {error}"}

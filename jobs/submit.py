@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import tempfile
@@ -31,6 +32,10 @@ _DIGITS = 12  # of a digest in an id
 _RECONNECTS = 10  # without a new line of the log between them
 _POLL_S = 1.0
 _COULD_NOT_RUN = 2
+_TALKATIVE = (
+    *("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"),
+    "ray._private.runtime_env.packaging",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class Submitted:
         address: Of the cluster.
         attached: Whether it was there already.
         status: Ray's word: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
-        exit_code: The job's own: 0 all good, 1 some rows failed, 2 could not run; also 2 if it was stopped or lost. None
-            while it is not over.
+        exit_code: The job's own: 0 all good, 1 some rows failed, 2 could not run; also 2 if it was stopped or lost.
+            None while it is not over.
         message: What Ray says of it.
         definition, code: SHA-256 of both.
     """
@@ -65,7 +70,8 @@ class Submitted:
         """What the command prints."""
         if self.exit_code is None:
             begun = "was submitted before" if self.attached else "submitted"
-            return [f"job {self.submission_id} {begun}: {self.status.lower()}; the same command without --no-wait follows"]
+            follow = "the same command without --no-wait follows it"
+            return [f"job {self.submission_id} {begun}: {self.status.lower()}; {follow}"]
         lines = [f"job {self.submission_id} {self.status.lower()}, exit code {self.exit_code}"]
         if self.status != "SUCCEEDED" and self.message:
             lines.append(f"  {' '.join(self.message.split())[:500]}")
@@ -157,16 +163,20 @@ def _sent(pipeline: Pipeline) -> str:
 
 
 def _connect(address: str) -> Any:
+    import ray.exceptions
     from ray.job_submission import JobSubmissionClient
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray prefers them to what it is given
             return JobSubmissionClient(address)
-    except RuntimeError as error:
+    except ray.exceptions.AuthenticationError as error:
+        fix = "the cluster wants a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        raise ConfigError("address", address, fix) from error
+    except (RuntimeError, ConnectionError, ValueError, OSError) as error:
         if "ray[default]" in str(error):
             raise ConfigError("address", address, "needs Ray's job client: pip install 'rabatch[jobs]'") from error
-        raise ConfigError("address", address, f"no Ray dashboard answers there ({_line(error)})") from error
-    except (ConnectionError, ValueError, OSError) as error:
         fix = f"no Ray dashboard answers there ({_line(error)}); give the head's, such as http://head:8265"
         raise ConfigError("address", address, fix) from error
 
@@ -248,4 +258,4 @@ def _exit_code(info: Any) -> int | None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -110,7 +110,8 @@ class Surveyor:
     def questions(self, source: Any, *, n_documents: int) -> Asked:
         """Of a path or URL; errors as of `documents`."""
         units = self._units(source, "questions", JSONL + PARQUET)
-        pairs, unusable, sampled = 0, 0, []
+        pairs, unusable = 0, 0
+        sampled: list[int] = []
         for unit in units.units:
             for record in read_unit(units, unit):
                 question = question_of(record)

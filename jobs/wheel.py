@@ -19,6 +19,8 @@ from rabatch.jobs.cluster import checkout_root
 _FOLDERS = {"rabatch": "rabatch", "index": "rabatch/index", "storage": "rabatch/storage", "jobs": "rabatch/jobs"}
 _SUFFIXES = (".py", ".typed")
 _DATA = "rabatch/demo/model/"
+_DIGITS = 16
+_WHEEL = "Wheel-Version: 1.0\nGenerator: rabatch\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of a zip file
 
 
@@ -41,17 +43,20 @@ def code_digest(files: dict[str, bytes]) -> str:
 
 
 def write_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    """A wheel of `files` in `folder`; its path."""
+    """A wheel of `files` in `folder`; its path.
+
+    The name holds the digest of the code, as its build tag: Ray knows a wheel by its name, and does not send one again.
+    """
     version = rabatch.__version__
     info = f"rabatch-{version}.dist-info"
     about = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: rabatch\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: rabatch\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": _WHEEL,
     }
     every = {**files, **{name: text.encode() for name, text in about.items()}}
     record = "".join(f"{name},sha256={_urlsafe(data)},{len(data)}\n" for name, data in every.items())
     every[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
-    path = folder / f"rabatch-{version}-py3-none-any.whl"
+    path = folder / f"rabatch-{version}-0{code_digest(files)[:_DIGITS]}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in every.items():
             entry = zipfile.ZipInfo(name, _FIRST_DATE)

@@ -55,6 +55,11 @@ def index_fields(config: ModelConfig, build: BuildConfig) -> dict[str, Any]:
     }
 
 
+def config_digest(config: ModelConfig) -> str:
+    """Of the model's config alone, as `model_fields` has it: what a plan knows a model by, for it reads no weights."""
+    return _digest(local_path(config, weights=False), ("config.json",))
+
+
 def stored_dtype(config: ModelConfig, build: BuildConfig) -> str:
     """The dtype keys and values are stored in."""
     return checkpoint_dtype(config) if build.kv_dtype == "auto" else build.kv_dtype

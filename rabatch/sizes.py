@@ -25,7 +25,10 @@ _TOKEN_BYTES = 6.6  # of the tokens part, compressed: measured on English text
 _COLUMN_BYTES = 180  # of Parquet's footer and page headers, per column and head: measured
 _PART_BYTES = 1500  # of its other metadata: measured
 _PUT_BYTES = 50 << 20  # s3fs: an object of twice as much, or more, goes in pieces of this
-NEEDED: dict[Method, IndexKind] = {"dense": "none", "streaming": "none", "flat": "none", "graph": "graph", "scan": "scan"}
+NEEDED: dict[Method, IndexKind] = {
+    **{"dense": "none", "streaming": "none", "flat": "none"},
+    **{"graph": "graph", "scan": "scan"},
+}
 """The smallest index that serves a method."""
 
 
@@ -54,7 +57,8 @@ class StoredBytes:
         return sum(vars(self).values())
 
     def __add__(self, other: Self) -> StoredBytes:
-        return StoredBytes(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return StoredBytes(*(mine + theirs for mine, theirs in both))
 
 
 @dataclass(frozen=True)

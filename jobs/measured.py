@@ -1,0 +1,102 @@
+"""Rates of earlier runs: from the manifests of a store, which tell how long each document took, and from answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rabatch.forecast import Decoding, Rates
+from rabatch.storage.manifest import Manifest
+from rabatch.storage.store import IndexStore
+
+_DOCUMENTS = 500
+"""Manifests that are read at most: rates need no more."""
+
+
+def of_builds(manifests: Iterable[Manifest], *, config_sha256: str, decoding: Decoding, chunk_tokens: int) -> Rates:
+    """Rates of building, from documents of the same model config; the device of the newest of them counts.
+
+    Args:
+        chunk_tokens: Of the builds; what it changes is far below what is measured.
+    """
+    mine = [
+        manifest
+        for manifest in itertools.islice(manifests, _DOCUMENTS)
+        if manifest.fingerprint_fields.get("model", {}).get("config") == config_sha256 and _timed(manifest)
+    ]
+    if not mine:
+        return Rates()
+    device = max(mine, key=lambda manifest: manifest.created_at).stats.get("device")
+    mine = [manifest for manifest in mine if manifest.stats.get("device") == device]
+    told = f"measured: {len(mine)} documents built on {device}"
+    flops = sum(decoding.work.prefill_flops(manifest.context_tokens, chunk_tokens=chunk_tokens) for manifest in mine)
+    index: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for manifest in mine:
+        if manifest.geometry.index != "none":
+            index[manifest.geometry.index].append((_indexed_keys(manifest), manifest.stats["graph_s"]))
+    rates = {kind: rate for kind, found in index.items() if (rate := _rate(found)) is not None}
+    write = _rate([(manifest.stored_bytes, manifest.stats["write_s"]) for manifest in mine])
+    return Rates(
+        prefill_flops_per_s=_rate([(flops, sum(manifest.stats["prefill_s"] for manifest in mine))]),
+        index_keys_per_s=rates,
+        write_bytes_per_s=write,
+        sources={"prefill_flops_per_s": told, "index_keys_per_s": told, "write_bytes_per_s": told},
+    )
+
+
+def of_answers(rows: Iterable[dict[str, Any]], decoding: Decoding, known: Rates) -> Rates:
+    """`known`, with what earlier answers tell of decoding.
+
+    Args:
+        rows: Of answers of the same model; columns of `rabatch.records.ANSWERS`.
+    """
+    seconds: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    together = decoding.questions_per_batch
+    for row in rows:
+        tokens = (row.get("answer_tokens") or 0) + (row.get("question_tokens") or 0)
+        if row["status"] == "ok" and row.get("seconds") and tokens:
+            traffic = tokens * decoding.token_bytes(row["recipe"], row["context_tokens"], together)
+            seconds[row["recipe"]].append((traffic, row["seconds"], tokens * row["context_tokens"]))
+    if not seconds:
+        return known
+    told = f"measured: {sum(map(len, seconds.values()))} answers"
+    sources = dict(known.sources)
+    bandwidth = known.decode_bytes_per_s
+    if bandwidth is None:
+        everything = [item for found in seconds.values() for item in found]
+        bandwidth = sum(traffic for traffic, _, _ in everything) / sum(spent for _, spent, _ in everything)
+        sources["decode_bytes_per_s"] = told
+    rates = dataclasses.replace(known, decode_bytes_per_s=bandwidth, sources=sources)
+    ratios = {}
+    for recipe, found in seconds.items():
+        modelled = sum(traffic for traffic, _, _ in found) / bandwidth
+        ratios[recipe] = sum(spent for _, spent, _ in found) / modelled
+    return dataclasses.replace(rates, measured_over_modelled=ratios)
+
+
+def _timed(manifest: Manifest) -> bool:
+    return all(isinstance(manifest.stats.get(name), int | float) for name in ("prefill_s", "graph_s", "write_s"))
+
+
+def _indexed_keys(manifest: Manifest) -> int:
+    full = sum(1 for window in manifest.geometry.sliding_windows if not window)
+    return full * manifest.geometry.n_kv_heads * (manifest.index_stop - manifest.index_start)
+
+
+def _rate(amounts: Sequence[tuple[float, float]]) -> float | None:
+    """Amount per second over all; None where no time was taken."""
+    seconds = sum(spent for _, spent in amounts)
+    return sum(amount for amount, _ in amounts) / seconds if seconds > 0 else None
+
+
+def stored_manifests(url: str, storage_options: dict[str, Any]) -> Iterable[Manifest]:
+    """Of a store; none where there is no store yet."""
+    from rabatch.storage.filesystem import Folder
+    from rabatch.storage.store import MARKER
+
+    if not Folder(url, **storage_options).exists(MARKER):
+        return ()
+    return IndexStore(url, storage_options=storage_options).manifests(on_error=lambda path, error: None)
