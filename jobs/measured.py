@@ -53,28 +53,32 @@ def of_answers(rows: Iterable[dict[str, Any]], decoding: Decoding, known: Rates)
     Args:
         rows: Of answers of the same model; columns of `rabatch.records.ANSWERS`.
     """
-    seconds: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    together = decoding.questions_per_batch
-    for row in rows:
-        tokens = (row.get("answer_tokens") or 0) + (row.get("question_tokens") or 0)
-        if row["status"] == "ok" and row.get("seconds") and tokens:
-            traffic = tokens * decoding.token_bytes(row["recipe"], row["context_tokens"], together)
-            seconds[row["recipe"]].append((traffic, row["seconds"], tokens * row["context_tokens"]))
-    if not seconds:
+    timed = [
+        row for row in rows if row["status"] == "ok" and row["seconds"] and row["answer_tokens"] and row["context_tokens"]
+    ]
+    if not timed:
         return known
-    told = f"measured: {sum(map(len, seconds.values()))} answers"
-    sources = dict(known.sources)
-    bandwidth = known.decode_bytes_per_s
+    together = decoding.questions_per_batch
+    spent = sum(row["seconds"] for row in timed)
+    bandwidth, sources = known.decode_bytes_per_s, dict(known.sources)
     if bandwidth is None:
-        everything = [item for found in seconds.values() for item in found]
-        bandwidth = sum(traffic for traffic, _, _ in everything) / sum(spent for _, spent, _ in everything)
-        sources["decode_bytes_per_s"] = told
+        bandwidth = (
+            sum(
+                row["answer_tokens"] * decoding.token_bytes(row["recipe"], row["context_tokens"], together)
+                for row in timed
+            )
+            / spent
+        )
+        sources["decode_bytes_per_s"] = f"measured: {len(timed)} answers"
     rates = dataclasses.replace(known, decode_bytes_per_s=bandwidth, sources=sources)
-    ratios = {}
-    for recipe, found in seconds.items():
-        modelled = sum(traffic for traffic, _, _ in found) / bandwidth
-        ratios[recipe] = sum(spent for _, spent, _ in found) / modelled
-    return dataclasses.replace(rates, measured_over_modelled=ratios)
+    took: dict[str, float] = defaultdict(float)
+    modelled: dict[str, float] = defaultdict(float)
+    for row in timed:
+        seconds = decoding.token_seconds(row["recipe"], row["context_tokens"], together, rates)
+        assert seconds is not None  # the bandwidth is known
+        took[row["recipe"]] += row["seconds"]
+        modelled[row["recipe"]] += row["answer_tokens"] * seconds
+    return dataclasses.replace(rates, measured_over_modelled={name: took[name] / modelled[name] for name in took})
 
 
 def _timed(manifest: Manifest) -> bool:

@@ -25,10 +25,10 @@ _SUM_BYTES = 4  # sums of zones are float32
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput of the machines that will do the work; None: not known.
+    """Throughput of one actor of those that will do the work; None: not known.
 
     Args:
-        prefill_flops_per_s: Of all model actors together.
+        prefill_flops_per_s: Operations of a model actor.
         index_keys_per_s: Keys for which graph or codes are made, over layers and KV heads, by index kind.
         write_bytes_per_s, read_bytes_per_s: To and from the store.
         decode_bytes_per_s: Memory traffic of decoding.
