@@ -79,4 +79,4 @@ def test_torch_counts_the_same(name, tmp_path):
     assert counter.get_total_flops() == pytest.approx(
         work.gemm_flops(COUNTED, chunk_tokens=1) + attention, rel=0.05
     )
-    assert attention > 0.1 * counter.get_total_flops()  # else the check would miss its absence
+    assert attention > 0.06 * counter.get_total_flops()  # else the check would miss its absence
