@@ -20,15 +20,12 @@ from rabatch.models import max_context_tokens, read_config
 from rabatch.pipeline import Pipeline
 from rabatch.prefill import RESERVED_TOKENS
 from rabatch.sizes import ITEM_BYTES, NEEDED, IndexSize, index_size
+from rabatch.storage.answers import MARKER as ANSWERS_MARKER
+from rabatch.storage.answers import AnswerStore
+from rabatch.storage.filesystem import Folder
 
 _HOUR = 3600
-_NEEDS = {
-    "prefill": ("prefill_flops_per_s",),
-    "index": ("index_keys_per_s",),
-    "write": ("write_bytes_per_s",),
-    "read": ("read_bytes_per_s",),
-    "decode": ("decode_bytes_per_s",),
-}
+_ANSWER_PARTS = 4  # of earlier answers, by which decoding is timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +141,7 @@ class _Planner:
     def plan(self, corpus: Corpus, asked: Asked, per_document: float) -> Plan:
         configured = self._size(self._pipeline.build)
         hours = self._hours(self._pipeline.recipe.method, configured, self._pipeline.build.index, per_document)
-        recipes = {method: self._recipe(method, per_document) for method in METHODS}
+        recipes: dict[str, Any] = {method: self._recipe(method, per_document) for method in METHODS}
         found = self._choices()
         shape = self._work.geometry
         return Plan(
@@ -219,7 +216,7 @@ class _Planner:
         """By questions per document, for a document of mean length."""
         if self._missing():
             return []
-        once = {}
+        once: dict[str, float] = {}
         for method in METHODS:
             size = self._size(dataclasses.replace(self._pipeline.build, index=NEEDED[method]))
             hours = self._hours(method, size, NEEDED[method], 0)
@@ -262,14 +259,14 @@ def _measured(pipeline: Pipeline, settings: ModelConfig, decoding: Decoding, opt
 
 
 def _earlier_answers(pipeline: Pipeline, options: dict[str, Any]) -> list[dict[str, Any]]:
-    from rabatch.jobs.output import read_parquet
-    from rabatch.storage.filesystem import Folder
-
-    folder = Folder(pipeline.answers, **options)
-    if not folder.exists("answers.parquet"):
+    """Rows of the last parts of the answers store; none where there is no store yet."""
+    if not Folder(pipeline.answers, **options).exists(ANSWERS_MARKER):
         return []
-    rows = read_parquet(folder.read("answers.parquet"))
-    return [row for row in rows if row["model"] == model_settings(pipeline.model).name]
+    store, model = AnswerStore(pipeline.answers, storage_options=options), model_settings(pipeline.model).name
+    parts = [part for run in store.runs() for part in run.parts][-_ANSWER_PARTS:]
+    columns = ["status", "model", "recipe", "seconds", "answer_tokens", "context_tokens"]
+    rows = [row for part in parts for row in store.read(part, columns=columns).to_pylist()]
+    return [row for row in rows if row["model"] == model]
 
 
 def _known(given: Rates, measured: Rates) -> Rates:

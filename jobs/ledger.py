@@ -32,11 +32,13 @@ from typing import Any
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
+from rabatch.storage.marker import create_marker
 
 _log = logging.getLogger(__name__)
 _DIGITS = 6
 _KEPT = 500  # runs; older ones are removed as new ones end
 _MAX_BYTES = 1 << 20
+_MARKER = "schedules/rabatch-schedules.json"
 _BEATS_PER_LEASE = 4
 _ENTRY = re.compile(r"runs/(\d{6})(?:\.json|/(done)\.json|/lease-(\d{4,})\.json)$")
 
@@ -77,7 +79,12 @@ class Ledger:
         self.root = f"schedules/{name}"
 
     def begin(self) -> datetime:
-        """When the schedule began: now, if nobody was here before. Fires of the minute that it began in count."""
+        """When the schedule began: now, if nobody was here before. Fires of the minute that it began in count.
+
+        Raises:
+            StoreError: The folder cannot be written to, or its server ignores the condition that leases rest on.
+        """
+        create_marker(self._folder, _MARKER, "rabatch-schedules", 1)
         path = f"{self.root}/begun.json"
         minute = self._now().replace(second=0, microsecond=0)
         self._create(path, {"at": _text(minute - timedelta(microseconds=1))})

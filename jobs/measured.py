@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rabatch.forecast import Decoding, Rates
+from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest
-from rabatch.storage.store import IndexStore
+from rabatch.storage.store import MARKER, IndexStore
 
 _DOCUMENTS = 500
 """Manifests that are read at most: rates need no more."""
@@ -54,7 +55,9 @@ def of_answers(rows: Iterable[dict[str, Any]], decoding: Decoding, known: Rates)
         rows: Of answers of the same model; columns of `rabatch.records.ANSWERS`.
     """
     timed = [
-        row for row in rows if row["status"] == "ok" and row["seconds"] and row["answer_tokens"] and row["context_tokens"]
+        row
+        for row in rows
+        if row["status"] == "ok" and row["seconds"] and row["answer_tokens"] and row["context_tokens"]
     ]
     if not timed:
         return known
@@ -98,9 +101,6 @@ def _rate(amounts: Sequence[tuple[float, float]]) -> float | None:
 
 def stored_manifests(url: str, storage_options: dict[str, Any]) -> Iterable[Manifest]:
     """Of a store; none where there is no store yet."""
-    from rabatch.storage.filesystem import Folder
-    from rabatch.storage.store import MARKER
-
     if not Folder(url, **storage_options).exists(MARKER):
         return ()
     return IndexStore(url, storage_options=storage_options).manifests(on_error=lambda path, error: None)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from rabatch.errors import RabatchError
 from rabatch.jobs.cron import Cron
@@ -108,7 +108,7 @@ class Scheduler:
                 return Tick(None, None, self._wait(until=next(self.cron.after(now))))
             self._ledger.append(last, due.fire, due.missed)  # by us or by another: it is there now
 
-    def watch(self, report: Callable[[Tick], None]) -> None:
+    def watch(self, report: Callable[[Tick], None]) -> NoReturn:
         """Tick without end.
 
         Args:
@@ -122,6 +122,10 @@ class Scheduler:
             busy = tick.busy
             if tick.wait_s:
                 self._clock.sleep(tick.wait_s)
+
+    def now(self) -> datetime:
+        """By the scheduler's clock, UTC."""
+        return self._clock.now()
 
     def show(self, next_fires: int = 5) -> dict[str, Any]:
         """Past runs and next fires, as JSON values."""

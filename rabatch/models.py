@@ -129,7 +129,8 @@ def geometry_of(text_config: Any) -> ModelGeometry:
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. It must be a fast one: evidence needs character offsets."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_path(config, weights=False), trust_remote_code=config.trust_remote_code)
+        path = local_path(config, weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError("model", config.name, f"its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:

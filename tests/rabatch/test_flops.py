@@ -76,7 +76,5 @@ def test_torch_counts_the_same(name, tmp_path):
             for token in range(BEFORE, BEFORE + COUNTED):
                 model(input_ids=ids[:, token : token + 1], past_key_values=cache, use_cache=True)
     attention = work.attention_flops(BEFORE + COUNTED) - work.attention_flops(BEFORE)
-    assert counter.get_total_flops() == pytest.approx(
-        work.gemm_flops(COUNTED, chunk_tokens=1) + attention, rel=0.05
-    )
+    assert counter.get_total_flops() == pytest.approx(work.gemm_flops(COUNTED, chunk_tokens=1) + attention, rel=0.05)
     assert attention > 0.06 * counter.get_total_flops()  # else the check would miss its absence

@@ -48,9 +48,7 @@ def test_a_build_stores_what_was_reckoned(demo_store):
     for manifest in IndexStore(demo_store.store).manifests():
         shape = manifest.geometry
         model = ModelGeometry(shape.n_layers, shape.n_kv_heads, shape.n_query_heads, shape.head_dim)
-        size = index_size(
-            manifest.context_tokens, model, shape.sliding_windows, build, kv_dtype=shape.kv_dtype
-        )
+        size = index_size(manifest.context_tokens, model, shape.sliding_windows, build, kv_dtype=shape.kv_dtype)
         assert size.bytes.total == pytest.approx(manifest.stored_bytes, rel=0.05)
         tokens = next(part.bytes for part in manifest.parts if part.kind == "tokens")
         assert size.bytes.tokens == pytest.approx(tokens, rel=0.25)
