@@ -22,13 +22,13 @@ import ray.data
 from tqdm import tqdm
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
+from rabatch.exporting import write_windows
 from rabatch.fingerprint import model_fields
 from rabatch.jobs import cluster
 from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
 from rabatch.jobs.asking import Asked
 from rabatch.jobs.catalog import Batch, Catalog, batches_of, chunks, join, read_entries
 from rabatch.jobs.messages import raise_fatal
-from rabatch.jobs.output import write_windows
 from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
 from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes

@@ -1,4 +1,4 @@
-"""The jobs as commands: the bodies of `rabatch build` and `rabatch answer`, and of the modules run by themselves."""
+"""The jobs as commands: the bodies of `rabatch run`, `build` and `answer`, and of the modules run by themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from rabatch import cli_arguments
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.jobs.run import run
+from rabatch.pipeline import Pipeline
 
 
 def run_build(arguments: argparse.Namespace) -> int:
@@ -20,9 +22,21 @@ def run_answer(arguments: argparse.Namespace) -> int:
     return cli_arguments.show(answer(arguments.questions, **cli_arguments.answer_settings(arguments)), arguments)
 
 
+def run_pipeline(arguments: argparse.Namespace) -> int:
+    """Run a pipeline, print what happened; the exit code."""
+    return cli_arguments.show(run(Pipeline.from_yaml(arguments.pipeline), address=arguments.address), arguments)
+
+
+_COMMANDS = {
+    "build": (cli_arguments.add_build, run_build),
+    "answer": (cli_arguments.add_answer, run_answer),
+    "run": (cli_arguments.add_run, run_pipeline),
+}
+
+
 def main(name: str, argv: Sequence[str] | None = None) -> int:
-    """``python -m rabatch.jobs.build`` and ``.answer``: the options of the command `name`."""
+    """``python -m rabatch.jobs.build``, ``.answer`` and ``.run``: the options of the command `name`."""
     parser = cli_arguments.Parser(prog=f"python -m rabatch.jobs.{name}")
-    {"build": cli_arguments.add_build, "answer": cli_arguments.add_answer}[name](parser)
-    arguments = parser.parse_args(argv)
-    return cli_arguments.run({"build": run_build, "answer": run_answer}[name], arguments)
+    add, command = _COMMANDS[name]
+    add(parser)
+    return cli_arguments.run(command, parser.parse_args(argv))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from rabatch.cli import main
@@ -18,6 +19,8 @@ from rabatch.jobs.forecasting import plan
 from rabatch.jobs.survey import SAMPLE_CHARS, SAMPLE_DOCUMENTS, Surveyor
 from rabatch.models import load_tokenizer
 from rabatch.pipeline import Pipeline
+from rabatch.records import STORED_ANSWERS
+from rabatch.storage.answers import AnswerStore, Run
 
 ROOT = Path(__file__).parents[2]
 RATES = Rates(
@@ -127,25 +130,43 @@ def test_only_paths_are_surveyed(written):
         plan(dataclasses.replace(written, documents=[{"document_id": "a", "text": "x"}]))
 
 
-def test_rates_come_from_earlier_runs(demo_store, tmp_path):
-    """Of a build and of answers of the same model; and the bytes that were stored are those that are planned."""
-    from rabatch.jobs.answer import answer
+def store_answers(url: str, rows: list[dict]) -> None:
+    """As a run of the demo model would have stored them."""
+    blank = dict.fromkeys(STORED_ANSWERS.names)
+    table = pa.Table.from_pylist(
+        [{**blank, "question_id": str(n), "model": "demo", "answer_key": str(n), **row} for n, row in enumerate(rows)],
+        schema=STORED_ANSWERS,
+    )
+    store = AnswerStore(url, create=True)
+    attempt = store.new_attempt()
+    parts = (store.put(table, attempt=attempt, number=0),)
+    now = "2026-11-25T00:00:00+00:00"
+    store.commit(Run(number=1, created_at=now, attempt=attempt, definition_sha256="0" * 64, parts=parts))
 
-    answers = str(tmp_path / "answers")
-    answered = answer(demo_store.questions, store=demo_store.store, recipe="graph", output=answers, progress=False)
-    paths = demo_store.corpus["paths"]
+
+def test_rates_come_from_earlier_runs(demo_store, tmp_path):
+    """Of builds and answers of the same model; and the bytes that were stored are those that are planned."""
+    answers, paths = str(tmp_path / "answers"), demo_store.corpus["paths"]
     pipeline = Pipeline(**paths, store=demo_store.store, answers=answers, build=demo_store.static_set)
     made = plan(pipeline)
-    assert made.missing == []
+    assert made.missing == ["decode_bytes_per_s"]
     assert made.tokens == demo_store.built.tokens
     assert made.stored["total"] == pytest.approx(demo_store.built.stored_bytes, rel=0.05)
     spent = sum(row["prefill_s"] for row in demo_store.built.rows)
     assert made.hours["prefill"] * 3600 == pytest.approx(spent, rel=1e-6)
     assert "measured: 3 documents built on cpu" in made.rates["sources"]["prefill_flops_per_s"]
-    assert made.rates["sources"]["decode_bytes_per_s"] == f"measured: {answered.answered} answers"
+    timed = {"status": "ok", "context_tokens": 1200, "answer_tokens": 10}
+    rows = [{**timed, "recipe": "graph", "seconds": 1.0}] * 2 + [{**timed, "recipe": "dense", "seconds": 4.0}]
+    other = {"status": "ok", "recipe": "graph", "seconds": 999.0, "context_tokens": 1, "answer_tokens": 1, "model": "x"}
+    store_answers(answers, [*rows, other, {"status": "failed", "recipe": "graph"}])
+    made = plan(pipeline)
+    assert made.missing == []
+    assert made.rates["sources"]["decode_bytes_per_s"] == "measured: 3 answers"
     assert made.cheapest
-    other = dataclasses.replace(pipeline, model=ModelConfig(context_template="{document} {question}"))
-    assert plan(other).rates["prefill_flops_per_s"] == made.rates["prefill_flops_per_s"], "the template costs nothing"
+    # 64 tokens at most take 64 tenths of a second with graph, and four times as long with dense.
+    per_question = {name: recipe["hours"]["decode"] * 3600 / 12 for name, recipe in made.recipes.items()}
+    assert per_question["graph"] == pytest.approx(6.4, rel=0.2)
+    assert per_question["dense"] == pytest.approx(25.6, rel=0.2)
 
 
 def test_the_command(written, capsys, tmp_path):
@@ -175,6 +196,8 @@ def test_a_plan_reads_no_weights_and_starts_no_ray(written, tmp_path):
 import ray
 from rabatch.jobs.forecasting import plan
 from rabatch.pipeline import Pipeline
+from rabatch.records import STORED_ANSWERS
+from rabatch.storage.answers import AnswerStore, Run
 made = plan(Pipeline.from_yaml({written.to_yaml()!r}.replace("name: demo", "name: {model}")))
 print(made.flops["total"] > 0, ray.is_initialized())
 """
