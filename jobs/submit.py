@@ -129,6 +129,9 @@ def submit(
                 client.submit_job(
                     entrypoint=ENTRYPOINT, submission_id=submission_id, runtime_env=runtime_env, metadata=about
                 )
+            except OSError as error:
+                fix = f"the connection broke while the job was sent ({_line(error)}); submit it again"
+                raise JobError("address", address, fix) from error
             except RuntimeError as error:
                 if _status(client, submission_id) is None:
                     fix = f"the cluster refused the job ({_line(error)})"

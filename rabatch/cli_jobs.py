@@ -23,6 +23,7 @@ _RATES = {
     "write_bytes_per_s": "bytes written to the store",
     "read_bytes_per_s": "bytes read from the store",
     "decode_bytes_per_s": "memory traffic of decoding",
+    "decode_flops_per_s": "operations of decoding, if not as of prefill",
 }
 _INTERRUPTED = 130
 

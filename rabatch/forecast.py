@@ -1,7 +1,7 @@
 """What a pipeline will take, by recipe: seconds of each phase, and from how many questions on which recipe is cheapest.
 
-A roofline: a step of decoding takes the memory traffic at the rate that memory gives, or the arithmetic at the rate of
-prefill, whichever is more. Where earlier answers were timed, their seconds take the place of the roofline's.
+A roofline: a step of decoding takes the memory traffic at the rate that memory gives, or the arithmetic at the
+machine's rate, whichever is more. Where earlier answers were timed, their seconds take the place of the roofline's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Rates:
         index_keys_per_s: Keys for which graph or codes are made, over layers and KV heads, by index kind.
         write_bytes_per_s, read_bytes_per_s: To and from the store.
         decode_bytes_per_s: Memory traffic of decoding.
+        decode_flops_per_s: Operations of decoding; None: as of prefill, on the same machines.
         measured_over_modelled: Seconds per token of earlier answers, as a multiple of the roofline's, by method.
         sources: Where each came from, for people, by name.
     """
@@ -41,8 +42,14 @@ class Rates:
     write_bytes_per_s: float | None = None
     read_bytes_per_s: float | None = None
     decode_bytes_per_s: float | None = None
+    decode_flops_per_s: float | None = None
     measured_over_modelled: dict[str, float] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def decoding_flops_per_s(self) -> float | None:
+        """Of decoding, whether given or taken from prefill."""
+        return self.decode_flops_per_s or self.prefill_flops_per_s
 
 
 @dataclass(frozen=True)
@@ -73,16 +80,14 @@ class Decoding:
         static = min(n_tokens, build.sink_tokens + build.window_tokens)
         indexed = n_tokens - static
         group = shape.n_query_heads // shape.n_kv_heads
-        candidates = recipe.search_list or (4 if method == "scan" else 2) * recipe.top_k
         found = group * min(recipe.top_k, indexed) * row
         zones = 0.0
         if build.zone_tokens and recipe.estimate is not False:
             zones = indexed / build.zone_tokens * 2 * shape.head_dim * _SUM_BYTES / together
         if method == "graph":
-            visited = min(indexed, _VISITED_PER_CANDIDATE * candidates)
-            indexed_bytes = group * visited * row / 2 + found + zones
+            indexed_bytes = group * self._visited(indexed) * row / 2 + found + zones
         elif method == "scan":
-            scored = min(indexed, candidates) * row / 2
+            scored = self._candidates("scan", indexed) * row / 2
             indexed_bytes = group * (indexed * shape.head_dim / 4 + scored) + found + zones
         elif method == "flat":
             indexed_bytes = indexed * row / 2 / together + found
@@ -92,11 +97,24 @@ class Decoding:
         own = sum(min(n_tokens, window) * row for window in self.work.windows if window) / together
         return weights + shape.n_kv_heads * (full * (static * row / together + indexed_bytes) + own)
 
+    def _candidates(self, method: Method, indexed: float) -> float:
+        """As `Recipe.effective_search_list`, of the method that is reckoned."""
+        recipe = self.recipe
+        return min(indexed, max(recipe.search_list or (4 if method == "scan" else 2) * recipe.top_k, recipe.top_k))
+
+    def _visited(self, indexed: float) -> float:
+        """Keys that a graph search scores."""
+        return min(indexed, _VISITED_PER_CANDIDATE * self._candidates("graph", indexed))
+
     def token_flops(self, method: Method, n_tokens: float) -> float:
         """Arithmetic of one token: the weights, and the keys that it attends."""
         shape, recipe = self.work.geometry, self.recipe
         static = min(n_tokens, self.build.sink_tokens + self.build.window_tokens)
-        attended = n_tokens if method == "dense" else static + min(recipe.top_k, n_tokens - static)
+        indexed = n_tokens - static
+        found = static + min(recipe.top_k, indexed)
+        # A key that is scored and not attended costs half of one that is. Sums of codes are traffic, above.
+        scored = {"flat": indexed, "graph": self._visited(indexed), "scan": self._candidates("scan", indexed)}
+        attended = n_tokens if method == "dense" else found + scored[method] / 2
         pairs = sum(min(n_tokens, window) if window else attended for window in self.work.windows)
         weights = self.work.token_weights + self.work.output_weights
         return 2 * weights + 4 * shape.head_dim * shape.n_query_heads * pairs
@@ -106,8 +124,8 @@ class Decoding:
         if rates.decode_bytes_per_s is None:
             return None
         seconds = self.token_bytes(method, n_tokens, together) / rates.decode_bytes_per_s
-        if rates.prefill_flops_per_s is not None:
-            seconds = max(seconds, self.token_flops(method, n_tokens) / rates.prefill_flops_per_s)
+        if rates.decoding_flops_per_s is not None:
+            seconds = max(seconds, self.token_flops(method, n_tokens) / rates.decoding_flops_per_s)
         return seconds
 
     def question_seconds(self, method: Method, n_tokens: float, questions: float, rates: Rates) -> float | None:
@@ -118,8 +136,8 @@ class Decoding:
             return None
         seconds *= rates.measured_over_modelled.get(method, 1.0)
         asked = 0.0
-        if rates.prefill_flops_per_s is not None:  # a question goes through the model at once, like a chunk
-            asked = 2 * self.work.token_weights * self.question_tokens / rates.prefill_flops_per_s
+        if rates.decoding_flops_per_s is not None:  # a question goes through the model at once, like a chunk
+            asked = 2 * self.work.token_weights * self.question_tokens / rates.decoding_flops_per_s
         return asked + self.answer_tokens * seconds
 
 

@@ -147,7 +147,8 @@ def store_answers(url: str, rows: list[dict]) -> None:
 def test_rates_come_from_earlier_runs(demo_store, tmp_path):
     """Of builds and answers of the same model; and the bytes that were stored are those that are planned."""
     answers, paths = str(tmp_path / "answers"), demo_store.corpus["paths"]
-    pipeline = Pipeline(**paths, store=demo_store.store, answers=answers, build=demo_store.static_set)
+    options = {"build": demo_store.static_set, "resources": {"questions_per_batch": 4}}
+    pipeline = Pipeline(**paths, store=demo_store.store, answers=answers, **options)
     made = plan(pipeline)
     assert made.missing == ["decode_bytes_per_s"]
     assert made.tokens == demo_store.built.tokens

@@ -46,11 +46,14 @@ def test_traffic_by_hand(together):
 def test_a_step_takes_the_traffic_or_the_arithmetic_whichever_is_more():
     flops = 2 * 900 + 4 * 8 * 4 * 2 * N
     assert DECODING.token_flops("dense", N) == flops
-    assert DECODING.token_flops("graph", N) == 2 * 900 + 4 * 8 * 4 * 2 * 60
+    for method, scored in (("flat", 1000), ("graph", 480), ("scan", 80)):
+        assert DECODING.token_flops(method, N) == 2 * 900 + 4 * 8 * 4 * 2 * (60 + scored / 2)
     slow_memory, slow_cores = Rates(1e12, decode_bytes_per_s=1e3), Rates(1e3, decode_bytes_per_s=1e12)
     assert DECODING.token_seconds("dense", N, 1, slow_memory) == DECODING.token_bytes("dense", N, 1) / 1e3
     assert DECODING.token_seconds("dense", N, 1, slow_cores) == flops / 1e3
     assert DECODING.token_seconds("dense", N, 1, Rates()) is None
+    elsewhere = dataclasses.replace(slow_cores, decode_flops_per_s=1e4)
+    assert DECODING.token_seconds("dense", N, 1, elsewhere) == flops / 1e4
 
 
 def test_a_question_is_read_and_answered():
