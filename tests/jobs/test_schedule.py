@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rabatch.cli import main
 from rabatch.errors import ConfigError, IntegrityError, StoreError
 from rabatch.jobs.cron import Cron
+from rabatch.jobs.runners import on_cluster
 from rabatch.jobs.schedule import Scheduler
+from rabatch.pipeline import Pipeline
 from rabatch.storage.filesystem import Folder
 
 ROOT = Path(__file__).parents[2]
@@ -300,6 +305,77 @@ def test_damaged_books_are_named(world):
     entry.write_text("{")
     with pytest.raises(IntegrityError, match=r"runs/000001\.json"):
         world.scheduler().tick()
+
+
+def test_a_lease_beats_from_a_thread_until_the_run_is_over(world, monkeypatch):
+    world.go("2026-11-21T02:00:00")
+    beats = threading.Semaphore(0)
+    monkeypatch.setattr("rabatch.jobs.ledger.Lease.beat", lambda lease: beats.release())
+    monkeypatch.setattr("rabatch.jobs.ledger._BEATS_PER_LEASE", LEASE_S / 0.005)
+
+    def wait_for_beats(fire: datetime) -> dict[str, int]:
+        assert all(beats.acquire(timeout=30) for _ in range(3))
+        return {"exit_code": 0}
+
+    assert world.scheduler("a", wait_for_beats).tick().ran.done["exit_code"] == 0
+    assert "schedule-lease" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def definition(tmp_path):
+    pipeline = Pipeline(documents="d", questions="q", store=str(tmp_path / "index"), answers=str(tmp_path / "answers"))
+    (tmp_path / "pipeline.yaml").write_text(pipeline.to_yaml())
+    return tmp_path / "pipeline.yaml"
+
+
+def test_the_command_runs_what_is_due_once(definition, monkeypatch, capsys):
+    ran = []
+
+    def run(pipeline, *, progress):
+        ran.append(pipeline.store)
+        return SimpleNamespace(exit_code=1, summary=lambda: ["one row failed"])
+
+    monkeypatch.setattr("rabatch.jobs.run.run", run)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    command = ["schedule", str(definition), "--cron", "* * * * *", "--timezone", "Asia/Tokyo", "--once", "--json"]
+    assert main(command) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ran"]["exit_code"], told["ran"]["summary"], told["busy"]) == (1, "one row failed", None)
+    assert told["next"].endswith("+09:00")
+    yearly = ["schedule", str(definition), "--cron", "0 0 1 1 *", "--name", "yearly"]
+    assert main([*yearly, "--once"]) == 0
+    assert capsys.readouterr().out.startswith("nothing is due; next ")
+    assert main(["schedule", str(definition), "--cron", "* * * * *", "--show"]) == 0
+    out = capsys.readouterr().out
+    assert "exit code 1" in out
+    assert "one row failed" in out
+    assert len(ran) == 1
+    assert main([*yearly, "--show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["past"] == []
+
+
+def test_a_schedule_that_cannot_run_is_one_line(definition, capsys):
+    for options, message in (
+        (["--cron", "nonsense"], "cron = 'nonsense'"),
+        (["--cron", "0 2 * * *", "--timezone", "Mars"], "timezone = 'Mars'"),
+        (["--cron", "0 2 * * *", "--name", "a/b", "--show"], "name = 'a/b'"),
+    ):
+        assert main(["schedule", str(definition), *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_on_a_cluster_is_named_by_its_fire(definition, monkeypatch):
+    """So that whoever finishes the run of a dead scheduler attaches to its job."""
+    named = []
+
+    def submit(pipeline, *, address, run_id, env, write):
+        named.append((address, run_id, env))
+        return SimpleNamespace(exit_code=0, submission_id="job", summary=lambda: ["done"])
+
+    monkeypatch.setattr("rabatch.jobs.runners.submit", submit)
+    run = on_cluster(Pipeline.from_yaml(definition), address="http://head", env=("TOKEN",))
+    assert run(at("2026-11-21T02:00:00")) == {"exit_code": 0, "submission_id": "job", "summary": "done"}
+    assert named == [("http://head", "20261121T020000Z", ("TOKEN",))]
 
 
 RACER = """

@@ -215,14 +215,17 @@ def free_ports(n: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[str]:
     """The dashboard's address of a Ray head that has no code of ours."""
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, agent, client, metrics, environments = free_ports(6)
     scripts = Path(sys.executable).parent
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    environment |= {"RAY_agent_register_timeout_ms": "300000"}  # a busy machine takes its time
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{scripts}:{os.environ['PATH']}"}  # pip must be found
     command = [
         *(str(scripts / "ray"), "start", "--head", "--block", "--num-cpus", "4", "--disable-usage-stats"),
         *("--port", str(gcs), "--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)),
+        # Of ports that are told the raylet need not wait for a file, which it does not do for long.
+        *("--dashboard-agent-grpc-port", str(metrics), "--runtime-env-agent-port", str(environments)),
         *("--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", f"/tmp/rb{os.getpid()}"),
     ]  # a short folder: sockets lie below it
     process = subprocess.Popen(command, env=environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
