@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.util import get_node_ip_address
 
 from rabatch.demo.corpus import write_corpus
 from rabatch.errors import ConfigError
@@ -215,7 +216,7 @@ def free_ports(n: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[str]:
     """The dashboard's address of a Ray head that has no code of ours."""
-    gcs, dashboard, agent, client, metrics, environments = free_ports(6)
+    gcs, dashboard, agent, client, metrics, exported, environments = free_ports(7)
     scripts = Path(sys.executable).parent
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"RAY_agent_register_timeout_ms": "300000"}  # a busy machine takes its time
@@ -225,18 +226,21 @@ def head(tmp_path_factory) -> Iterator[str]:
         *("--port", str(gcs), "--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)),
         # Of ports that are told the raylet need not wait for a file, which it does not do for long.
-        *("--dashboard-agent-grpc-port", str(metrics), "--runtime-env-agent-port", str(environments)),
+        *("--dashboard-agent-grpc-port", str(metrics), "--metrics-export-port", str(exported)),
+        *("--runtime-env-agent-port", str(environments)),
         *("--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", f"/tmp/rb{os.getpid()}"),
     ]  # a short folder: sockets lie below it
     process = subprocess.Popen(command, env=environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
+            assert process.poll() is None, "the head died"
             try:
+                socket.create_connection((get_node_ip_address(), agent), timeout=5).close()
                 submission._connect(address).list_jobs()
                 break
-            except (ConfigError, RuntimeError):
+            except (ConfigError, RuntimeError, OSError):
                 assert time.monotonic() < deadline, "the head did not start"
                 time.sleep(0.5)
         yield address
