@@ -109,7 +109,7 @@ def answer(
     batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
     if batches:
         gpus = cluster.gpus_per_actor(resources, settings.device)
-        memory = cluster.actor_memory(resources, connected, weights_bytes(settings))
+        memory = cluster.actor_memory(resources, weights_bytes(settings))
         pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
         actor = AnswerSettings(
             model=settings,
@@ -128,7 +128,7 @@ def answer(
         )
         n_questions = sum(len(batch.pairs) for batch in batches)
         with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
-            for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory):
+            for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory.reserved):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 bar.update(job.take(batch, failed=failed, tally=tally, data=told["answers"]))
     for number in job.open_pairs():

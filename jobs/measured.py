@@ -89,8 +89,10 @@ def _timed(manifest: Manifest) -> bool:
 
 
 def _indexed_keys(manifest: Manifest) -> int:
-    full = sum(1 for window in manifest.geometry.sliding_windows if not window)
-    return full * manifest.geometry.n_kv_heads * (manifest.index_stop - manifest.index_start)
+    shape = manifest.geometry
+    full = [layer for layer, window in enumerate(shape.sliding_windows) if not window]
+    heads = sum(len(shape.heads(layer, streaming=False)) for layer in full)
+    return heads * (manifest.index_stop - manifest.index_start)
 
 
 def _rate(amounts: Sequence[tuple[float, float]]) -> float | None:

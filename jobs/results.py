@@ -176,7 +176,7 @@ class AnswerResult:
     def to_dataset(self) -> ray.data.Dataset:
         """The rows as a Ray dataset, in their order; read some thousand at a time into Ray's object store."""
         tables = (pa.Table.from_pylist(rows, ANSWERS) for rows in self.read_rows())
-        references = [ray.put(table) for table in tables] or [ray.put(ANSWERS.empty_table())]
+        references: Any = [ray.put(table) for table in tables] or [ray.put(ANSWERS.empty_table())]
         return ray.data.from_arrow_refs(references)
 
     @property

@@ -45,7 +45,7 @@ def _answers(arguments: argparse.Namespace) -> int:
         _write(rows, arguments)
     elif arguments.json:
         texts = (json.dumps(row) for table in rows for row in table.to_pylist())
-        print_json_list({"answers": arguments.answers}, "rows", texts, {})
+        print_json_list({"answers": arguments.answers}, "rows", texts, {"all": arguments.all})
     else:
         write_lines(_line(row) for table in rows for row in table.to_pylist())
     return 0

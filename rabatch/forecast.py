@@ -93,9 +93,16 @@ class Decoding:
             indexed_bytes = indexed * row / 2 / together + found
         else:
             indexed_bytes = indexed * row / together
-        full = sum(1 for window in self.work.windows if not window)
         own = sum(min(n_tokens, window) * row for window in self.work.windows if window) / together
-        return weights + shape.n_kv_heads * (full * (static * row / together + indexed_bytes) + own)
+        static_heads, index_heads = self._full_heads()
+        heads = static_heads * static * row / together + index_heads * indexed_bytes
+        return weights + shape.n_kv_heads * own + heads
+
+    def _full_heads(self) -> tuple[int, int]:
+        """KV heads of all layers with full attention, and how many of them keep the whole context."""
+        full = [layer for layer, window in enumerate(self.work.windows) if not window]
+        every = len(full) * self.work.geometry.n_kv_heads
+        return every, every - sum(len(self.build.streaming_heads(layer)) for layer in full)
 
     def _candidates(self, method: Method, indexed: float) -> float:
         """As `Recipe.effective_search_list`, of the method that is reckoned."""
@@ -115,9 +122,12 @@ class Decoding:
         # A key that is scored and not attended costs half of one that is. Sums of codes are traffic, above.
         scored = {"flat": indexed, "graph": self._visited(indexed), "scan": self._candidates("scan", indexed)}
         attended = n_tokens if method == "dense" else found + scored[method] / 2
-        pairs = sum(min(n_tokens, window) if window else attended for window in self.work.windows)
+        every, kept = self._full_heads()
+        own = sum(min(n_tokens, window) for window in self.work.windows if window) * shape.n_kv_heads
+        pairs = own + kept * attended + (every - kept) * static
+        group = shape.n_query_heads // shape.n_kv_heads
         weights = self.work.token_weights + self.work.output_weights
-        return 2 * weights + 4 * shape.head_dim * shape.n_query_heads * pairs
+        return 2 * weights + 4 * shape.head_dim * group * pairs
 
     def token_seconds(self, method: Method, n_tokens: float, together: int, rates: Rates) -> float | None:
         """By the roofline; None without its rates."""

@@ -5,6 +5,8 @@ The arithmetic of docs/format.md.
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -107,11 +109,20 @@ def index_size(
         windows: Per layer the native sliding window, 0 for full attention.
         kv_dtype: The stored dtype.
     """
-    kinds = {window: list(windows).count(window) for window in windows}
+    alike = collections.Counter(
+        (window, () if window else build.streaming_heads(layer)) for layer, window in enumerate(windows)
+    )
     total = _tokens_part(n_tokens)
-    for window, n_layers in kinds.items():
-        total += _layer(n_tokens, window, shape, build, ITEM_BYTES[kv_dtype]).times(n_layers)
+    for (window, streaming), n_layers in alike.items():
+        for heads, streams in _runs(shape.n_kv_heads, streaming):
+            total += _heads(heads, n_tokens, window, streams, shape, build, ITEM_BYTES[kv_dtype]).times(n_layers)
     return total + IndexSize(requests=Requests(put=1, list=1, get=1))  # the manifest
+
+
+def _runs(n_heads: int, streaming: Sequence[int]) -> list[tuple[int, bool]]:
+    """Lengths of the runs of heads that all stream or all do not: parts hold one or the other."""
+    kinds = itertools.groupby(range(n_heads), key=set(streaming).__contains__)
+    return [(len(list(heads)), kind) for kind, heads in kinds]
 
 
 def _tokens_part(n_tokens: int) -> IndexSize:
@@ -119,23 +130,27 @@ def _tokens_part(n_tokens: int) -> IndexSize:
     return IndexSize(stored, _requests([stored.total]))
 
 
-def _layer(n_tokens: int, window: int, shape: ModelGeometry, build: BuildConfig, item: int) -> IndexSize:
-    heads, dim = shape.n_kv_heads, shape.head_dim
-    rows = min(window, n_tokens) if window else n_tokens
+def _heads(
+    heads: int, n_tokens: int, window: int, streams: bool, shape: ModelGeometry, build: BuildConfig, item: int
+) -> IndexSize:
+    """Of consecutive heads of a layer. Those that stream, and sliding layers, have keys and values only."""
+    dim = shape.head_dim
     start, stop = index_range(n_tokens, build)
-    indexed = 0 if window or build.index == "none" else stop - start
+    rows = min(window, n_tokens) if window else n_tokens - (stop - start) * streams
+    bare = streams or window > 0 or build.index == "none"
+    indexed = 0 if bare else stop - start
     graph = codes = zones = small = 0
     columns = 3
-    if not window and build.builds("graph"):
+    if not bare and build.builds("graph"):
         graph = rows * build.graph.degree * id_width(indexed)
         small += _text_bytes(build.graph.entry_points * 7)
         columns += 1
-    if not window and build.builds("scan"):
+    if not bare and build.builds("scan"):
         n_codes = -(-dim // 2)
         floats = 4 * (n_codes * 16 * 2 + dim * dim)
         codes = rows * -(-dim // 4) + _text_bytes(floats * 4 // 3 + min(EXCEPTIONS, indexed) * 7)
         columns += 1
-    if not window and build.index != "none" and build.zone_tokens:
+    if not bare and build.zone_tokens:
         zones = rows * id_width(-(-indexed // build.zone_tokens))
         columns += 1
     kv = rows * (2 * dim * item + _POSITION_BYTES)

@@ -182,6 +182,15 @@ def test_two_runs_at_once_that_share_some_questions(url):
     assert sum(part.rows for run in two.store.runs() for part in run.parts) == 8
 
 
+def test_what_failed_here_and_was_answered_elsewhere_is_answered(url):
+    one, two = Run(url), Run(url, questions=[*QUESTIONS, ("q9", "a")])
+    two.ask(failing=[("q0", "b")])
+    one.ask()
+    assert (one.commit(), two.commit()) == (1, 2)
+    assert (two.job.tally.answered, two.job.failures.count, shown(url)[("q0", "b")]) == (7, 0, "1")
+    assert [row["status"] for row in two.rows()] == ["ok"] * 7
+
+
 def test_failed_questions_are_rows_and_are_asked_again(url):
     asked = [*QUESTIONS, ("q0", "nowhere"), ("q0", "a"), ("q1", "nowhere"), ("q1", "nowhere")]
     first = Run(url, questions=asked).ask(failing=[("q1", "b")])

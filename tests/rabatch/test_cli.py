@@ -153,6 +153,12 @@ def test_verify_names_what_is_wrong(cli, demo_store, tmp_path):
         (["answer", "QUESTIONS", "--store", "new"], "is no rabatch store"),
         (["answer", "QUESTIONS", "--store", "STORE", "--model", "/no/such/model"], "model = '/no/such/model'"),
         (["answer", "QUESTIONS", "--store", "STORE", "--temperature", "-1"], "temperature = -1.0"),
+        (["answer", "QUESTIONS", "--store", "STORE", "--answer-actors", "3-1"], "answer_actors = (3, 1)"),
+        (["answer", "QUESTIONS", "--store", "STORE", "--answer-actors", "x"], "must be a number of actors, or MIN-MAX"),
+        (["answer", "QUESTIONS", "--store", "STORE", "--output", "STORE"], "holds an index store"),
+        (["answers", "--answers", "new"], "holds no answers"),
+        (["answers", "--answers", "new", "--out", "x.xls"], "must end in .parquet, .jsonl or .csv"),
+        (["run", "missing.yaml"], "pipeline = 'missing.yaml': cannot be read"),
         (["inspect", "--store", "old"], "reads format 1"),
         (["verify", "--store", "new"], "is no rabatch store"),
         (["corpus", "--documents", "0"], "n_documents = 0"),
@@ -179,7 +185,7 @@ def test_the_report_of_the_demo():
     report = {
         "documents": 2, "tokens": 4000, "questions": 1, "exact_match": {"graph": 1.0, "dense": 1.0, "streaming": 0.0},
         "attended_share": 0.1, "attended_shares": {"graph": 0.1, "dense": 1.0, "streaming": None},
-        "stored_bytes": 15_000_000, "kv_bytes": 10_000_000, "failed": 0, "folder": None,
+        "stored_bytes": 15_000_000, "kv_bytes": 10_000_000, "failed": 0, "folder": None, "store": "s3://bucket/index",
         "seconds": {"build": 1.0, "answer": 2.0, "answer_dense": 3.0, "answer_streaming": 4.0},
         "samples": [{"document_id": "d", "question": "Who?", "expected": "A", "answer": "B", "reason": None}],
     }  # fmt: skip
@@ -189,6 +195,7 @@ def test_the_report_of_the_demo():
     lines = [line.split() for line in text.splitlines()]
     assert ["graph", "100.0%", "10.0%", "2.0"] in lines
     assert ["streaming", "0.0%", "-", "4.0"] in lines
+    assert lines[-1] == ["index", "store", "s3://bucket/index"]
 
 
 @pytest.mark.slow

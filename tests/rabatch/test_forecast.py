@@ -74,3 +74,10 @@ def test_sliding_layers_cost_their_window():
     local = dataclasses.replace(DECODING, work=dataclasses.replace(WORK, windows=(100, 0)))
     full = DECODING.token_bytes("dense", N, 1)
     assert full - local.token_bytes("dense", N, 1) == 2 * (N - 100) * ROW
+
+
+def test_streaming_heads_cost_the_static_set():
+    half = dataclasses.replace(DECODING.build, head_pattern=((True, False), (True, False)))
+    local = dataclasses.replace(DECODING, build=half)
+    assert DECODING.token_bytes("dense", N, 1) - local.token_bytes("dense", N, 1) == 2 * 1000 * ROW
+    assert DECODING.token_flops("dense", N) - local.token_flops("dense", N) == 2 * 1000 * 4 * 8 * 2

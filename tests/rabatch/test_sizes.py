@@ -41,6 +41,17 @@ def test_a_sliding_layer_stores_its_window():
     assert size.indexed == 16 * 8 * (N - 640)
 
 
+def test_a_streaming_head_stores_the_static_set():
+    pattern = [[1.0, 0.0] * 4] * 16 + [[1.0] * 8] * 16  # every second head of half of the layers streams
+    build = BuildConfig(head_pattern=pattern, head_threshold=0.5)
+    size = index_size(N, LLAMA_8B, (0,) * 32, build, kv_dtype="bfloat16")
+    kept, streams = 16 * 12, 16 * 4
+    assert size.bytes.kv == (kept * N + streams * 640) * (2 * 128 * 2 + 4)
+    assert size.bytes.graph == kept * N * 32 * 4
+    assert size.indexed == kept * (N - 640)
+    assert size.requests.put == kept + streams + 2
+
+
 def test_a_build_stores_what_was_reckoned(demo_store):
     from rabatch.storage.store import IndexStore
 
