@@ -168,7 +168,6 @@ def _schedule(arguments: argparse.Namespace) -> int:
         else:
             write_out("\n".join(_shown(shown)))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)  # Kubernetes and systemd stop us so; the run is given away at once
 
     def told(tick: Tick) -> dict[str, Any]:
         ran = None if tick.ran is None else scheduler.described(tick.ran)
@@ -181,12 +180,16 @@ def _schedule(arguments: argparse.Namespace) -> int:
         else:
             write_out(_told(told(tick)))
 
-    if arguments.once:
+    before = signal.signal(signal.SIGTERM, _interrupt)  # Kubernetes and systemd stop us so; the run is given away
+    try:
+        if not arguments.once:
+            sys.stderr.write(f"rabatch: next fire {cron.local(next(cron.after(scheduler.now())))}\n")
+            scheduler.watch(report)
         tick = scheduler.tick()
         report(tick)
         return 0 if tick.ran is None or tick.ran.done is None else int(tick.ran.done["exit_code"])
-    sys.stderr.write(f"rabatch: next fire {cron.local(next(cron.after(scheduler.now())))}\n")
-    scheduler.watch(report)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -218,6 +220,7 @@ def head(tmp_path_factory) -> Iterator[str]:
     """The dashboard's address of a Ray head that has no code of ours."""
     gcs, dashboard, agent, client, metrics, exported, environments = free_ports(7)
     scripts = Path(sys.executable).parent
+    folder = tempfile.mkdtemp(prefix="rb", dir="/tmp")  # a short name: sockets lie below it
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"RAY_agent_register_timeout_ms": "300000"}  # a busy machine takes its time
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{scripts}:{os.environ['PATH']}"}  # pip must be found
@@ -228,8 +231,8 @@ def head(tmp_path_factory) -> Iterator[str]:
         # Of ports that are told the raylet need not wait for a file, which it does not do for long.
         *("--dashboard-agent-grpc-port", str(metrics), "--metrics-export-port", str(exported)),
         *("--runtime-env-agent-port", str(environments)),
-        *("--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", f"/tmp/rb{os.getpid()}"),
-    ]  # a short folder: sockets lie below it
+        *("--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", folder),
+    ]
     process = subprocess.Popen(command, env=environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -246,7 +249,8 @@ def head(tmp_path_factory) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rabatch(*arguments: str, timeout_s: int = 400, **options) -> subprocess.CompletedProcess[str]:
