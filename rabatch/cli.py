@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo | corpus | run | build | answer | answers | inspect | verify | compact | gc`.
+"""The command line: `rabatch COMMAND`, with the commands of `_COMMANDS`.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_answers, cli_arguments, cli_store
+from rabatch import __version__, cli_answers, cli_arguments, cli_jobs, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,run,build,answer,answers,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,run,build,answer,answers,plan,submit,schedule,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     example = "corpus/questions.jsonl --store index --output answers"
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
     cli_answers.add_command(add)
+    cli_jobs.add_commands(add)
     cli_store.add_commands(add)
     return parser
 
