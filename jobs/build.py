@@ -25,16 +25,18 @@ from rabatch.errors import StoreError
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import make_manifest
 from rabatch.jobs import cluster
+from rabatch.jobs.catalog import Stored, read_entries
 from rabatch.jobs.indexing import GraphActor, StoreAddress
 from rabatch.jobs.messages import raise_fatal, reason
 from rabatch.jobs.output import check_report, write_rows
 from rabatch.jobs.plan import Planned, plan_documents, read_documents
 from rabatch.jobs.prefilling import PrefillActor
-from rabatch.jobs.results import BuildResult, count
-from rabatch.jobs.settings import model_settings, resolved_model
+from rabatch.jobs.results import BuildResult, Failures, count
+from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
 from rabatch.jobs.sources import Source, Units, list_units
+from rabatch.models import geometry_of, read_config
 from rabatch.records import BUILD_REPORT
-from rabatch.storage.manifest import Manifest, Part, fingerprint_of, utc_now
+from rabatch.storage.manifest import Part, fingerprint_of, utc_now
 from rabatch.storage.store import IndexStore
 
 _BF16_BYTES = 2
@@ -52,6 +54,7 @@ def build(
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
     limit: int | None = None,
+    max_failed_rows: int | None = None,
     progress: bool = True,
     report: str | None = None,
 ) -> BuildResult:
@@ -67,6 +70,7 @@ def build(
         address: Of a Ray cluster. None: an embedded Ray.
         storage_options: Of fsspec, for `documents` and `store`.
         limit: Only the first rows of the input.
+        max_failed_rows: Stop when more rows fail.
         progress: A bar over documents on stderr.
         report: Where to write the result's rows: a path or URL that ends in ``.parquet`` or ``.jsonl``.
 
@@ -74,6 +78,7 @@ def build(
         One row per row of the input. A bad document is a row with status ``failed`` and the reason.
 
     Raises:
+        FailedRowsError: More than `max_failed_rows` failed. What is committed stays.
         RabatchError: The job as a whole cannot run: no such source, model or store.
     """
     began = time.perf_counter()
@@ -89,7 +94,8 @@ def build(
     index = IndexStore(store_url, create=True, storage_options=storage_options)
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
     fields = index_fields(settings, config)
-    job = _Job(plan_documents(units, limit=limit), index, fields, settings)
+    failures = Failures("documents", max_failed_rows)
+    job = _Job(plan_documents(units, limit=limit), index, fields, settings, failures)
     numbers = job.skip_committed()
     if numbers:
         pack_chars = _PACKED_CHARS_PER_TOKEN * config.prefill_chunk_tokens
@@ -125,14 +131,15 @@ def _run(
     """Rows about parts and failures, as they come."""
     gpus = cluster.gpus_per_actor(resources, model.device)
     threads = resources.cpus_per_actor
-    prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus)
+    memory = cluster.actor_memory(resources, connected, weights_bytes(model))
+    prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus, memory=memory)
     with cluster.dataset_context(row_blocks=True):
         rows = (
             read_documents(units, planned, numbers, pack_chars=pack_chars)
             .map_batches(
                 PrefillActor,
                 fn_constructor_args=(model, config, threads),
-                **cluster.actor_options(prefill, cpus=threads, gpus=gpus),
+                **cluster.actor_options(prefill, cpus=threads, gpus=gpus, memory=memory),
             )
             .map_batches(
                 GraphActor,
@@ -154,9 +161,19 @@ class _Open:
 
 
 class _Job:
-    """The driver's view: which documents are planned, under way, committed, failed."""
+    """The driver's view: which documents are planned, under way, committed, failed.
 
-    def __init__(self, planned: list[Planned], store: IndexStore, fields: dict[str, Any], model: ModelConfig) -> None:
+    Manifests are not kept: what is held of a document is its plan and its row of the report.
+    """
+
+    def __init__(
+        self,
+        planned: list[Planned],
+        store: IndexStore,
+        fields: dict[str, Any],
+        model: ModelConfig,
+        failures: Failures,
+    ) -> None:
         self.planned = planned
         self.fingerprint = fingerprint_of(fields)
         self._store = store
@@ -164,36 +181,39 @@ class _Job:
         self._model = model
         self._open: dict[int, _Open] = {}
         self._reports: dict[int, dict[str, Any]] = {}
-        self._manifests: dict[int, Manifest] = {}
+        self._failures = failures
 
     def skip_committed(self) -> list[int]:
         """Report faulty and already indexed documents; the numbers of the others."""
-        newest: dict[str, Manifest] = {}
-        known: dict[tuple[str, str], Manifest] = {}
-        for manifest in self._store.manifests(on_error=lambda path, error: None):
-            if manifest.fingerprint == self.fingerprint:
-                known[manifest.document_id, manifest.content_sha256] = manifest
-                held = newest.get(manifest.document_id)
-                if held is None or manifest.created_at > held.created_at:
-                    newest[manifest.document_id] = manifest
+        newest: dict[str, Stored] = {}
+        known: dict[tuple[str, str], Stored] = {}
+        for index in read_entries(self._store, on_error=lambda path, error: None):
+            if index.fingerprint == self.fingerprint:
+                known[index.document_id, index.content_sha256] = index
+                held = newest.get(index.document_id)
+                if held is None or index.created_us > held.created_us:
+                    newest[index.document_id] = index
         numbers = []
         for number, row in enumerate(self.planned):
-            manifest_known = known.get((row.document_id, row.content_sha256))
+            index_known = known.get((row.document_id, row.content_sha256))
             if row.error is not None:
                 self._report(number, "failed", error=row.error)
-            elif manifest_known is None:
+            elif index_known is None:
                 numbers.append(number)
             else:
-                if newest[row.document_id] is not manifest_known:
-                    manifest_known = self._renew(manifest_known)
-                self._report(number, "skipped", manifest=manifest_known)
+                if newest[row.document_id] is not index_known:
+                    self._renew(index_known)
+                self._report(number, "skipped", tokens=index_known.context_tokens, nbytes=index_known.stored_bytes)
         return numbers
 
-    def _renew(self, manifest: Manifest) -> Manifest:
+    def _renew(self, index: Stored) -> None:
         """A document whose text went back to an earlier one: that index becomes the newest again."""
+        manifest = self._store.get(index.document_id, index.content_sha256, index.fingerprint)
+        if manifest is None:
+            fix = "its index was withdrawn while the build began; run it again"
+            raise StoreError("document_id", index.document_id, fix)
         manifest = dataclasses.replace(manifest, created_at=utc_now())
         self._store.folder.write(manifest.path, manifest.to_json().encode())
-        return manifest
 
     def take(self, row: dict[str, Any]) -> int:
         """Enter what the actors report of a part; how many documents that finishes."""
@@ -242,7 +262,8 @@ class _Job:
         except StoreError as error:
             self._report(number, "failed", error=reason(error))
         else:
-            self._report(number, "built", manifest=manifest, seconds=seconds)
+            tokens, nbytes = manifest.context_tokens, manifest.stored_bytes
+            self._report(number, "built", tokens=tokens, nbytes=nbytes, seconds=seconds)
 
     def _report(
         self,
@@ -250,23 +271,25 @@ class _Job:
         status: str,
         *,
         error: str | None = None,
-        manifest: Manifest | None = None,
+        tokens: int = 0,
+        nbytes: int = 0,
         seconds: dict[str, float] | None = None,
     ) -> None:
         seconds = seconds or {}
-        if manifest is not None:
-            self._manifests[number] = manifest
         self._reports[number] = {
             "document_id": self.planned[number].document_id,
             "source": self.planned[number].source,
             "status": status,
             "reason": error,
-            "context_tokens": manifest.context_tokens if manifest else 0,
-            "stored_bytes": manifest.stored_bytes if manifest else 0,
+            "context_tokens": tokens,
+            "stored_bytes": nbytes,
             "prefill_s": seconds.get("prefill_s", 0.0),
             "graph_s": seconds.get("graph_s", 0.0),
             "fingerprint": self.fingerprint,
         }
+        if error is not None:
+            planned = self.planned[number]
+            self._failures.add(f"{planned.document_id!r} ({planned.source})", error)
 
     def lost(self, numbers: list[int]) -> list[int]:
         """Those of which nothing is known at the end; what came of them is forgotten."""
@@ -283,23 +306,24 @@ class _Job:
                 self._report(number, "failed", error=fix + "a smaller prefill_chunk_tokens, then run again")
         rows = [self._reports[number] for number in range(len(self.planned))]
         counts = count(rows)
+        tokens = sum(row["context_tokens"] for row in rows)
         return BuildResult(
             rows=rows,
             built=counts["built"],
             skipped=counts["skipped"],
             failed=counts["failed"],
-            tokens=sum(row["context_tokens"] for row in rows),
+            tokens=tokens,
             stored_bytes=sum(row["stored_bytes"] for row in rows),
-            kv_bytes=sum(kv_bytes(manifest) for manifest in self._manifests.values()),
+            kv_bytes=tokens * _kv_token_bytes(self._model),
             seconds=seconds,
             fingerprint=self.fingerprint,
         )
 
 
-def kv_bytes(manifest: Manifest) -> int:
-    """Bytes of the context's keys and values in bf16, every layer in full."""
-    shape = manifest.geometry
-    return manifest.context_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * _BF16_BYTES
+def _kv_token_bytes(model: ModelConfig) -> int:
+    """Bytes of one context token's keys and values in bf16, every layer in full."""
+    shape = geometry_of(read_config(model))
+    return shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * _BF16_BYTES
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.data
@@ -31,6 +31,8 @@ otherwise keep the job from finishing."""
 
 READER_CPUS = 0.5
 
+_MEMORY_PER_WEIGHTS, _MEMORY_BESIDE = 1.5, 1 << 30
+
 _EXCLUDED = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build", "dist", "tests", "benchmarks"]
 
 
@@ -47,12 +49,23 @@ class Cluster:
         gpus: CUDA devices.
         cores: Physical parallelism: `cpus`, or less where the embedded Ray declares more CPUs than there are.
         machines: Over which Ray spreads actors.
+        memory: Bytes of main memory that Ray lends, of all machines together. 0: not told.
+        largest_memory: Of the machine that has most.
     """
 
     cpus: int
     gpus: int
     cores: int
     machines: int = 1
+    memory: int = 0
+    largest_memory: int = 0
+
+
+class Pool(NamedTuple):
+    """How many actors."""
+
+    least: int
+    most: int
 
 
 def checkout_root() -> Path | None:
@@ -95,9 +108,11 @@ def connect(address: str | None = None) -> Cluster:
             raise ConfigError("address", address, fix) from error
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    machines = sum(bool(node["Alive"]) for node in ray.nodes())
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines, memory = len(alive), [int(node.get("memory", 0)) for node in alive]
     cores = min(cpus, os.cpu_count() or cpus) if machines == 1 else cpus
-    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines))
+    more = {"memory": sum(memory), "largest_memory": max(memory, default=0)}
+    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), **more)
 
 
 def _quiet() -> None:
@@ -154,10 +169,11 @@ def dataset_context(*, row_blocks: bool) -> Iterator[None]:
             yield
 
 
-def actor_options(pool: int, *, cpus: float, gpus: float, calls: int = 1) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of `pool` actors that take one row at a time.
+def actor_options(pool: Pool, *, cpus: float, gpus: float, memory: int = 0, calls: int = 1) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors that take one row at a time.
 
     Args:
+        memory: Bytes that Ray reserves for an actor; 0: none.
         calls: Calls of an actor that run at the same time, each with a row; more than one from threads of their own.
     """
     calls_at_once: dict[str, Any] = {"max_concurrent_calls_per_actor": calls, "enable_true_multi_threading": calls > 1}
@@ -165,9 +181,12 @@ def actor_options(pool: int, *, cpus: float, gpus: float, calls: int = 1) -> dic
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
-        "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2, **calls_at_once),
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=pool.least, max_size=pool.most, max_tasks_in_flight_per_actor=2, **calls_at_once
+        ),
         "num_cpus": cpus,
         "num_gpus": gpus,
+        **({"memory": memory} if memory else {}),
         "max_restarts": -1,
         "max_task_retries": TASK_RETRIES,
     }
@@ -180,49 +199,86 @@ def gpus_per_actor(resources: Resources, device: str) -> float:
     return 1.0 if device.startswith("cuda") else 0.0
 
 
-def build_pools(resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float) -> tuple[int, int]:
-    """Sizes of the prefill pool and of the graph pool.
+def actor_memory(resources: Resources, cluster: Cluster, weights_bytes: int) -> int:
+    """Bytes of main memory that Ray reserves for a model actor; 0 where the cluster does not tell what it has.
+
+    Args:
+        weights_bytes: Of the model, in the dtype it computes in.
 
     Raises:
-        ConfigError: the cluster has not enough CPUs or GPUs for one actor of each.
+        ConfigError: No machine of the cluster has as much as was asked for.
+    """
+    asked = resources.actor_memory_bytes
+    if asked > cluster.largest_memory > 0:
+        fix = f"the largest machine lends {cluster.largest_memory}; ask for less, or 0"
+        raise ConfigError("actor_memory_bytes", asked, fix)
+    by_size = int(_MEMORY_PER_WEIGHTS * weights_bytes) + _MEMORY_BESIDE
+    return asked or min(by_size, cluster.largest_memory)
+
+
+def build_pools(
+    resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float, memory: int = 0
+) -> tuple[Pool, Pool]:
+    """Sizes of the prefill pool and of the graph pool.
+
+    Args:
+        gpus, memory: Of one prefill actor.
+
+    Raises:
+        ConfigError: the cluster has not enough CPUs, GPUs or memory for one actor of each.
     """
     cpus = resources.cpus_per_actor
-    _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus)
+    _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus, memory=memory)
     room = int((cluster.cpus - READER_CPUS) // cpus)
-    if resources.prefill_actors:
-        prefill = resources.prefill_actors
-    else:
+    prefill = _asked(resources.prefill_actors)
+    if prefill is None:
         # On CPUs, prefill takes about twice the time of graph construction (demo model at 8K tokens: 9 s and 4 s).
-        prefill = int(cluster.gpus // gpus) if gpus else math.ceil(2 * cluster.cores / (3 * cpus))
-        prefill = max(1, min(prefill, n_documents, room - 1))
-    spare = cluster.cores - (0 if gpus else prefill * cpus)
-    graph = resources.graph_actors or max(1, min(spare // cpus, room - prefill))
-    _check_fits(cluster, cpus=(prefill + graph) * cpus + READER_CPUS, gpus=prefill * gpus)
+        size = int(cluster.gpus // gpus) if gpus else math.ceil(2 * cluster.cores / (3 * cpus))
+        size = max(1, min(size, n_documents, room - 1, _memory_room(cluster, memory)))
+        prefill = Pool(size, size)
+    spare = cluster.cores - (0 if gpus else prefill.least * cpus)
+    graph = _asked(resources.graph_actors)
+    if graph is None:
+        size = max(1, min(spare // cpus, room - prefill.least))
+        graph = Pool(size, size)
+    cpus *= prefill.least + graph.least
+    _check_fits(cluster, cpus=cpus + READER_CPUS, gpus=prefill.least * gpus, memory=prefill.least * memory)
     return prefill, graph
 
 
-def answer_pool(resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float) -> int:
-    """Size of the answer pool.
-
-    Raises:
-        ConfigError: the cluster has not enough CPUs or GPUs.
-    """
+def answer_pool(resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float, memory: int = 0) -> Pool:
+    """Size of the answer pool. Arguments and errors as of `build_pools`."""
     cpus = resources.cpus_per_actor
-    size = resources.answer_actors
-    if not size:
+    pool = _asked(resources.answer_actors)
+    if pool is None:
         size = int(cluster.gpus // gpus) if gpus else cluster.cores // cpus
-        size = max(1, min(size, n_rows, cluster.cpus // cpus))
-    _check_fits(cluster, cpus=size * cpus, gpus=size * gpus)
-    return size
+        size = max(1, min(size, n_rows, cluster.cpus // cpus, _memory_room(cluster, memory)))
+        pool = Pool(size, size)
+    _check_fits(cluster, cpus=pool.least * cpus, gpus=pool.least * gpus, memory=pool.least * memory)
+    return pool
 
 
-def _check_fits(cluster: Cluster, *, cpus: float, gpus: float) -> None:
+def _asked(size: int | tuple[int, int]) -> Pool | None:
+    """A pool's size as the settings have it; None: as many as there is room for."""
+    if isinstance(size, tuple):
+        return Pool(*size)
+    return Pool(size, size) if size else None
+
+
+def _memory_room(cluster: Cluster, memory: int) -> int:
+    return max(1, cluster.memory // memory) if memory else cluster.cpus
+
+
+def _check_fits(cluster: Cluster, *, cpus: float, gpus: float, memory: int) -> None:
     if cpus > cluster.cpus:
         fix = f"the actors need {cpus:g} logical CPUs, the cluster has {cluster.cpus}; use fewer actors or CPUs"
         raise ConfigError("resources", f"{cpus:g} CPUs", fix)
     if gpus > cluster.gpus:
         fix = f"the actors need {gpus:g} GPUs, the cluster has {cluster.gpus}; use fewer actors, or device cpu"
         raise ConfigError("resources", f"{gpus:g} GPUs", fix)
+    if memory > cluster.memory > 0:
+        fix = f"the actors need {memory} bytes, the cluster lends {cluster.memory}; use fewer actors, or a smaller "
+        raise ConfigError("resources", f"{memory} bytes", fix + "actor_memory_bytes")
 
 
 def limit_threads(threads: int) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rabatch.errors import RabatchError
     from rabatch.jobs.answer import answer
     from rabatch.jobs.build import build
+    from rabatch.pipeline import Pipeline
     from rabatch.storage.store import IndexStore
 
 _EXPORTS = {
@@ -27,6 +28,7 @@ _EXPORTS = {
     "GenerationSettings": "rabatch.config",
     "IndexStore": "rabatch.storage.store",
     "ModelConfig": "rabatch.config",
+    "Pipeline": "rabatch.pipeline",
     "RabatchError": "rabatch.errors",
     "Recipe": "rabatch.config",
     "Resources": "rabatch.config",
@@ -39,6 +41,7 @@ __all__ = [
     "GenerationSettings",
     "IndexStore",
     "ModelConfig",
+    "Pipeline",
     "RabatchError",
     "Recipe",
     "Resources",

@@ -240,12 +240,15 @@ class GenerationSettings(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(_Checked):
-    """What the jobs take of the cluster. 0 for an actor count: as many as the cluster has room for.
+    """What the jobs take of the cluster.
 
     Args:
-        prefill_actors, graph_actors, answer_actors: Pool sizes.
+        prefill_actors, graph_actors, answer_actors: Pool sizes: a number, or (least, most), between which Ray scales
+            with the work. 0: as many as the cluster has room for.
         gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
         cpus_per_actor: Logical CPUs of one actor; also its threads.
+        actor_memory_bytes: Main memory of one prefill or answer actor, which Ray reserves. 0: by the model's size, 1.5
+            times its weights and 1 GiB; where the cluster has not so much, fewer actors.
         questions_per_batch: Questions of one document decoded together; as one ends, the next begins. Up to four times
             as many where the document is larger than `memory_bytes`.
         memory_bytes: Of opened indexes that one answer actor holds in memory. 0: half of what the machine has left,
@@ -255,20 +258,24 @@ class Resources(_Checked):
         cache_bytes: Of all parts in it together. None: a quarter of what its disk has free; 0: no cache.
     """
 
-    prefill_actors: int = 0
-    graph_actors: int = 0
-    answer_actors: int = 0
+    prefill_actors: int | tuple[int, int] = 0
+    graph_actors: int | tuple[int, int] = 0
+    answer_actors: int | tuple[int, int] = 0
     gpus_per_actor: float | None = None
     cpus_per_actor: int = 1
+    actor_memory_bytes: int = 0
     questions_per_batch: int = 16
     memory_bytes: int = 0
     cache_dir: str | None = None
     cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        self._at_least(0, "prefill_actors", "graph_actors", "answer_actors")
-        if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
-            raise ConfigError("memory_bytes", self.memory_bytes, "must be a whole number of bytes, or 0")
+        for name in ("prefill_actors", "graph_actors", "answer_actors"):
+            object.__setattr__(self, name, _pool(name, getattr(self, name)))
+        for name in ("memory_bytes", "actor_memory_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(name, value, "must be a whole number of bytes, or 0")
         if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0):
             raise ConfigError("cache_bytes", self.cache_bytes, "must be a whole number of bytes, or 0 for no cache")
         if self.cache_dir is not None and (not self.cache_dir or "://" in self.cache_dir or "\0" in self.cache_dir):
@@ -276,3 +283,13 @@ class Resources(_Checked):
         self._at_least(1, "cpus_per_actor", "questions_per_batch")
         if self.gpus_per_actor is not None:
             self._at_least(0, "gpus_per_actor")
+
+
+def _pool(name: str, size: Any) -> int | tuple[int, int]:
+    """A pool's size as it is kept: lists, as YAML has them, become tuples."""
+    bounds = (size, size) if type(size) is int else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(bounds) != 2 or any(type(bound) is not int for bound in bounds) or not 0 <= bounds[0] <= bounds[1]:
+        raise ConfigError(name, size, "must be a number of actors >= 0, or [least, most]")
+    if bounds[0] == 0 and type(size) is not int:
+        raise ConfigError(name, size, "least must be 1 or more")
+    return size if type(size) is int else (bounds[0], bounds[1])

@@ -61,3 +61,12 @@ ANSWERS = pa.schema(
         pa.field("fingerprint", pa.string()),
     ]
 )
+
+STORED_ANSWERS = pa.schema(
+    [
+        *ANSWERS,
+        pa.field("content_sha256", pa.string()),  # of the document's text that was asked; null: it was not asked
+        pa.field("answer_key", pa.string(), nullable=False),  # `storage.answers.answer_key` or `failure_key`
+    ]
+)
+"""Columns of an answers store's parts."""

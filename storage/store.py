@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import secrets
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rabatch.errors import DocumentError, FormatVersionError, IntegrityError, StoreError
+from rabatch.errors import DocumentError, IntegrityError, StoreError
 from rabatch.storage.cache import PartCache
 from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
+from rabatch.storage.marker import check_marker, create_marker
 from rabatch.storage.reading import Check, PartReader
 from rabatch.storage.rules import MAX_MANIFEST_BYTES
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 OnError = Callable[[str, StoreError], None]
 MARKER = "rabatch-store.json"
 WITHDRAWN = "withdrawn"
-_MARKER_TEXT = json.dumps({"format": "rabatch", "format_version": FORMAT_VERSION})
 _MANIFEST_READERS = 16  # a manifest is one round trip; their latency adds up
 
 
@@ -67,8 +66,9 @@ class IndexStore:
         parts = None if cache is None or self.folder.is_local else PartCache(cache, cache_bytes)
         self._parts = PartReader(self.folder, parts)
         if create:
-            self._create_marker()
-        self._check_marker()
+            create_marker(self.folder, MARKER, "rabatch", FORMAT_VERSION)
+        missing = "is no rabatch store; build one there first (rabatch build), or correct the path"
+        check_marker(self.folder, MARKER, "rabatch", FORMAT_VERSION, field="store", missing=missing)
 
     def __repr__(self) -> str:
         return f"IndexStore({self.url!r})"
@@ -283,32 +283,6 @@ class IndexStore:
             shown = len(tokens.positions)
             raise IntegrityError(f"{part.path}: position", shown, f"must be 0 to {manifest.context_tokens - 1}")
         return tokens
-
-    def _create_marker(self) -> None:
-        if not self.folder.create(MARKER, f"{_MARKER_TEXT}\n".encode()):
-            return
-        # A server that ignores the condition of the put would let two builds overwrite each other. Ask it now.
-        if self.folder.create(MARKER, f"{_MARKER_TEXT} \n".encode()):
-            fix = "the server ignores If-None-Match, so commits would not be safe; use S3 or a server that honours it"
-            raise StoreError("store", self.url, fix)
-
-    def _check_marker(self) -> None:
-        try:
-            text = self.folder.read(MARKER, max_bytes=MAX_MANIFEST_BYTES)
-        except MissingFileError as error:
-            fix = "is no rabatch store; build one there first (rabatch build), or correct the path"
-            raise StoreError("store", self.url, fix) from error
-        try:
-            values = json.loads(text)
-            known = values["format"] == "rabatch"
-        except (ValueError, TypeError, KeyError, RecursionError):
-            known, values = False, {}
-        if not known:
-            raise IntegrityError(f"{self.url}/{MARKER}", text[:60], "is not the marker of a rabatch store")
-        version = values.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
-            raise FormatVersionError(f"{self.url}: format_version", version, fix)
 
     def _put(self, path: str, data: pa.Buffer) -> dict[str, Any]:
         view = memoryview(data)

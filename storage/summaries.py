@@ -93,9 +93,14 @@ def attempts_of(manifest: Manifest) -> set[str]:
 
 
 def model_digest(manifest: Manifest) -> str:
-    """What tells models apart that an index is served to: SHA-256 of that part of the fingerprint's fields."""
-    fields = json.dumps(manifest.fingerprint_fields.get("model"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(fields.encode()).hexdigest()
+    """What tells models apart that an index is served to."""
+    return digest_of(manifest.fingerprint_fields.get("model"))
+
+
+def digest_of(model_fields: dict[str, Any] | None) -> str:
+    """SHA-256 of the model's part of a fingerprint's fields."""
+    text = json.dumps(model_fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

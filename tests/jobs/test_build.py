@@ -22,10 +22,11 @@ from rabatch.demo.corpus import write_corpus
 from rabatch.fingerprint import model_fields
 from rabatch.index.links import unreachable
 from rabatch.jobs.build import build
-from rabatch.jobs.catalog import Catalog
+from rabatch.jobs.catalog import Catalog, read_entries
 from rabatch.jobs.settings import model_settings, resolved_model
 from rabatch.records import BUILD_REPORT
 from rabatch.storage.store import IndexStore
+from rabatch.storage.summaries import digest_of
 from rabatch.storage.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +148,9 @@ def test_a_changed_text_is_indexed_again_and_the_newest_answers(demo_store, tmp_
 
     def newest():
         fields = model_fields(resolved_model(model_settings(None), has_cuda=False))
-        return Catalog(IndexStore(store).manifests(), fields, Recipe()).manifests["doc-00000"].text_chars
+        index = IndexStore(store)
+        found = Catalog(read_entries(index), digest_of(fields), Recipe()).indexes["doc-00000"]
+        return index.get(found.document_id, found.content_sha256, found.fingerprint).text_chars
 
     assert newest() == len(old["text"])
     changed = build(ray.data.from_items([new]), store=store, config=config, progress=False)
