@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray.data
-from tqdm import tqdm
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
 from rabatch.fingerprint import model_fields
@@ -28,6 +27,7 @@ from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
 from rabatch.jobs.asking import Asked
 from rabatch.jobs.catalog import Batch, Catalog, batches_of, chunks, join, read_entries
 from rabatch.jobs.messages import raise_fatal
+from rabatch.jobs.observing import Observer
 from rabatch.jobs.output import write_windows
 from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
@@ -56,6 +56,7 @@ def answer(
     definition_sha256: str | None = None,
     max_failed_rows: int | None = None,
     progress: bool = True,
+    observer: Observer | None = None,
 ) -> AnswerResult:
     """Ask every question of its document; one without a document of every document in the store.
 
@@ -77,7 +78,8 @@ def answer(
             By default all of the store.
         definition_sha256: What the run is said to be of. None: model, recipe and generation settings.
         max_failed_rows: Stop when more rows fail.
-        progress: A bar over questions on stderr.
+        progress: A bar over questions on stderr, or a line now and then where that is no terminal.
+        observer: Is told what becomes of each question. None: one of this call's own, with `progress`.
 
     Returns:
         Counts, and the rows in the order of the questions, then of the document ids. A question that cannot be answered
@@ -104,8 +106,13 @@ def answer(
     said: dict[str, Any] = {"recipe": recipe.to_dict(), "generation": generation.to_dict()}
     keys = AnswerKeys({**said, "context_template": settings.context_template})
     said["model"] = settings.to_dict()
-    job = _join(asked, index, settings, keys, recipe, fingerprint, documents, answers, max_failed_rows)
+    observer = observer or Observer(progress=progress)
+    about = {"model": settings, "recipe": recipe, "generation": generation, "resources of answering": resources}
+    observer.begin("answer", places={"questions": questions, "store": store, "answers": output}, settings=about)
+    failures = Failures("questions", max_failed_rows, observer.failed)
+    job = _join(asked, index, settings, keys, recipe, fingerprint, documents, answers, failures)
     reused = job.find_answered()
+    observer.known("reused", reused)
     batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
     if batches:
         gpus = cluster.gpus_per_actor(resources, settings.device)
@@ -127,10 +134,11 @@ def answer(
             cache_bytes=resources.cache_bytes,
         )
         n_questions = sum(len(batch.pairs) for batch in batches)
-        with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
+        with observer.working(n_questions):
             for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
-                bar.update(job.take(batch, failed=failed, tally=tally, data=told["answers"]))
+                if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
+                    observer.answered(json.loads(told["seen"]), fingerprint=batch.stored.fingerprint)
     for number in job.open_pairs():
         reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or "
         job.fail(number, reason + "smaller questions_per_batch, then run again")
@@ -168,13 +176,12 @@ def _join(
     fingerprint: str | None,
     documents: Mapping[str, str | None] | None,
     answers: AnswerStore | None,
-    max_failed_rows: int | None,
+    failures: Failures,
 ) -> Asked:
     damaged: list[str] = []
     indexes = read_entries(index, on_error=lambda path, error: damaged.append(path))
     which: dict[str, Any] = {"fingerprint": fingerprint, "damaged": damaged, "only": documents}
     pairs, refused = join(asked, Catalog(indexes, digest_of(model_fields(model)), recipe, **which), keys)
-    failures = Failures("questions", max_failed_rows)
     return Asked(asked, pairs, refused, keys=keys, recipe=recipe, model=model, store=answers, failures=failures)
 
 

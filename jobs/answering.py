@@ -35,6 +35,9 @@ from rabatch.storage.store import IndexStore
 CALLS = 2
 """Calls of an actor at the same time: the one that decodes, and the one whose index is fetched meanwhile."""
 
+SEEN = ("seconds", "answer_tokens", "attended_share")
+"""What the driver's observer is told of each answer."""
+
 
 @dataclass(frozen=True)
 class AnswerSettings:
@@ -97,7 +100,7 @@ class AnswerActor:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for row in table.to_pylist():
             if self._loaded is None:
-                yield one_row({"name": "", "answers": b"", "failed": "", "tally": "", "fatal": self._fatal})
+                yield one_row({"fatal": self._fatal})
                 return
             index = Stored(*json.loads(row["index"]))
             with self._turns.queue() as turn:
@@ -120,8 +123,9 @@ class AnswerActor:
             except StoreError as error:
                 failed = [[place, f"its answer cannot be kept: {reason(error)}"] for place in range(len(rows))]
                 answers = []
-        tally = Tally.of(answers).to_json()
-        return {"name": batch["name"], "answers": data, "failed": json.dumps(failed), "tally": tally, "fatal": None}
+        seen = [[row[name] for name in SEEN] for row in answers if row["status"] == "ok"]
+        told = {"failed": json.dumps(failed), "tally": Tally.of(answers).to_json(), "seen": json.dumps(seen)}
+        return {"name": batch["name"], "answers": data, **told, "fatal": None}
 
     def _answer(
         self, turn: Turn, loaded: LoadedModel, index: Stored, batches: list[dict[str, Any]]

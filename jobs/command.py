@@ -8,16 +8,31 @@ from collections.abc import Sequence
 from rabatch import cli_arguments
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.jobs.observing import Observer
 
 
 def run_build(arguments: argparse.Namespace) -> int:
     """Build, print what happened; the exit code."""
-    return cli_arguments.show(build(arguments.documents, **cli_arguments.build_settings(arguments)), arguments)
+    with observer("rabatch build", arguments) as watch:
+        result = build(arguments.documents, **cli_arguments.build_settings(arguments), observer=watch)
+    return cli_arguments.show(result, arguments)
 
 
 def run_answer(arguments: argparse.Namespace) -> int:
     """Answer, print what happened; the exit code."""
-    return cli_arguments.show(answer(arguments.questions, **cli_arguments.answer_settings(arguments)), arguments)
+    with observer("rabatch answer", arguments) as watch:
+        result = answer(arguments.questions, **cli_arguments.answer_settings(arguments), observer=watch)
+    return cli_arguments.show(result, arguments)
+
+
+def observer(title: str, arguments: argparse.Namespace) -> Observer:
+    """What the options of `cli_arguments.add_observing` ask for."""
+    return Observer(
+        title,
+        progress=not arguments.no_progress,
+        report_html=arguments.report_html,
+        storage_options=arguments.storage_options,
+    )
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:

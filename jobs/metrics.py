@@ -6,7 +6,7 @@ each name with ``ray_`` before it and, a counter, ``_total`` after it. docs/obse
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -31,45 +31,36 @@ class Metrics:
             "answer": counter("answers", "Questions by how they ended", "status"),
         }
         self._tokens = counter("tokens", "Tokens of contexts built, and of answers generated", "kind")
-        self._bytes = counter("stored_bytes", "Bytes of indexes committed")
+        self._stored = counter("stored_bytes", "Bytes of indexes committed")
         self._failures = counter("failures", "Failed documents and questions", "phase", "reason")
         self._seconds = counter("work_seconds", "Seconds of work, over all workers", "kind")
-        self._latency = histogram("answer_seconds", "Seconds of an answer", _SECONDS)
-        self._attended = histogram("attended_share", "Share of a context's keys that an answer attended", _SHARES)
-        self._recall = histogram("recall", "Share of the exact top-k that sampled searches found", _SHARES)
         self._left = Gauge("rabatch_rows_left", description="Documents or questions under way", tag_keys=("phase",))
+        self.answer_seconds = histogram("answer_seconds", "Seconds of an answer", _SECONDS)
+        self.attended_share = histogram("attended_share", "Share of a context's keys that an answer attended", _SHARES)
+        self.recall = histogram("recall", "Share of the exact top-k that sampled searches found", _SHARES)
 
-    def row(self, phase: Phase, row: dict[str, Any], *, kind: str | None) -> None:
-        """Count a document or an answer.
+    def rows(
+        self, phase: Phase, status: str, *, rows: int = 1, tokens: int = 0, seconds: Mapping[str, float] | None = None
+    ) -> None:
+        """Count rows that have ended, their tokens, and the seconds of work by kind."""
+        _add(self._rows[phase.name], rows, status=status)
+        _add(self._tokens, tokens, kind=phase.token_kind)
+        for kind, spent in (seconds or {}).items():
+            _add(self._seconds, spent, kind=kind)
 
-        Args:
-            phase: That it belongs to.
-            kind: Of failure, if it failed.
-        """
-        self._rows[phase.name].inc(tags={"status": row["status"]})
-        if kind is not None:
-            self._failures.inc(tags={"phase": phase.name, "reason": kind})
-        elif phase.name == "answer":
-            _add(self._tokens, row["answer_tokens"], kind=phase.token_kind)
-            _add(self._seconds, row["seconds"], kind="answer")
-            self._latency.observe(row["seconds"] or 0.0)
-            if row["attended_share"] is not None:
-                self._attended.observe(row["attended_share"])
-        elif row["status"] == "built":
-            _add(self._tokens, row["context_tokens"], kind=phase.token_kind)
-            _add(self._bytes, row["stored_bytes"])
-            for work in ("prefill", "graph", "write"):
-                _add(self._seconds, row.get(f"{work}_s"), kind=work)
+    def stored(self, nbytes: int) -> None:
+        """Count what was committed."""
+        _add(self._stored, nbytes)
 
-    def recall(self, share: float) -> None:
-        """Enter a sample."""
-        self._recall.observe(share)
+    def failed(self, phase: Phase, kind: str) -> None:
+        """Count a failed row by its kind, of which there are few."""
+        _add(self._failures, 1, phase=phase.name, reason=kind)
 
     def left(self, phase: str, rows: int) -> None:
         """How many rows of a phase are not finished."""
         self._left.set(rows, tags={"phase": phase})
 
 
-def _add(counter: Counter, value: float | None, **tags: str) -> None:
-    if value:  # Ray refuses to add 0
+def _add(counter: Counter, value: float, **tags: str) -> None:
+    if value > 0:  # Ray refuses to add 0
         counter.inc(value, tags=tags)

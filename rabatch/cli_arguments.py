@@ -120,6 +120,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
+def add_observing(parser: argparse.ArgumentParser) -> None:
+    """`--no-progress` and `--report-html`."""
+    parser.add_argument("--no-progress", action="store_true", help="no progress on stderr")
+    parser.add_argument("--report-html", metavar="FILE", help="write a report with plots to this .html file")
+
+
 def add_store(parser: argparse.ArgumentParser) -> None:
     """`--store` and how to reach it."""
     parser.add_argument("--store", required=True, metavar="URL", help="index store: a path or any fsspec URL")
@@ -153,6 +159,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
     )
+    add_observing(parser)
     add_common(parser)
 
 
@@ -204,6 +211,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
+    add_observing(parser)
     add_common(parser)
 
 

@@ -20,6 +20,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def render(run: Run) -> bytes:
     """The page, UTF-8."""
     sections = [_phase(number, phase) for number, phase in enumerate(run.phases)]
+    error = f'<p class="note">The run failed. {escape(run.error)}</p>' if run.error else ""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -33,7 +34,7 @@ def render(run: Run) -> bytes:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{escape(run.title)}</h1>{_pairs(run.facts())}</header>
+<header><h1>{escape(run.title)}</h1>{_pairs(run.facts())}{error}</header>
 <main>
 {"".join(sections)}
 {_settings(run)}
@@ -55,10 +56,9 @@ def _phase(number: int, phase: Phase) -> str:
 
 
 def _warning(phase: Phase) -> str:
-    done = sum(phase.counts.values())
-    if done >= phase.total:
+    if not phase.unfinished:
         return ""
-    return f'<p class="note">Stopped early: {phase.total - done:,} of {phase.total:,} {phase.unit} are not in here.</p>'
+    return f'<p class="note">Stopped early: {phase.unfinished:,} {phase.unit} were not finished.</p>'
 
 
 def _tiles(phase: Phase) -> Iterable[str]:
@@ -165,8 +165,12 @@ def _failures(phase: Phase) -> str:
         f"<td>{escape(kind)}</td><td><code>{escape(phase.failures.examples[kind])}</code></td></tr>"
         for kind, count in ranked
     )
-    head = "<tr><th>rows</th><th></th><th>reason</th><th>for example</th></tr>"
-    return f'<h3>Failures by reason</h3><div class="scroll"><table class="failures"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    names = ("rows", "share of the most frequent", "reason", "for example")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return (
+        '<h3>Failures by reason</h3><div class="scroll"><table class="failures">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _settings(run: Run) -> str:

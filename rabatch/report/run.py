@@ -27,6 +27,7 @@ class Run:
         phases: In their order.
         places: Where documents, indexes and answers lie: paths and URLs; users and passwords in them are left out.
         settings: By heading, names and values. Never storage options: they may hold credentials.
+        error: Why it failed as a whole, if it did.
         began: When; None if it is not one run that is shown.
     """
 
@@ -34,6 +35,7 @@ class Run:
     phases: list[Phase] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str | None = None
     began: datetime | None = field(default_factory=lambda: datetime.now(UTC))
 
     def facts(self) -> dict[str, str]:

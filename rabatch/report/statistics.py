@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 MAX_BINS = 128
 MAX_KINDS = 50
@@ -143,8 +142,8 @@ class Phase:
         name: What it is called.
         unit: What `rows` counts: ``documents`` or ``answers``.
         token_kind: What `tokens` counts: of contexts built, or of answers generated.
-        total: Rows expected of it; those that were there before count in `counts` alone.
-        counts: Rows by status.
+        counts: Rows by status; what an earlier run has finished is ``skipped`` or ``reused``.
+        unfinished: Rows that the phase ended without.
         rows, tokens: Over time, in seconds since the phase began. Empty where times are not known.
         seconds: Work by kind (prefill, graph, write; answer), summed over all workers.
         latency, attended, recall: Of answers; empty for a build. `attended` and `recall` are shares.
@@ -154,8 +153,8 @@ class Phase:
     name: str
     unit: str
     token_kind: str
-    total: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    unfinished: int = 0
     n_tokens: int = 0
     stored_bytes: int = 0
     rows: Series = field(default_factory=Series)
@@ -168,44 +167,26 @@ class Phase:
     fingerprints: Counter[str] = field(default_factory=Counter)
     elapsed_s: float = 0.0
 
-    def document(self, row: Mapping[str, Any], *, at_s: float | None = None) -> str | None:
-        """Enter a row of `rabatch.records.BUILD_REPORT`; its kind of failure, if it failed.
+    def finish(
+        self,
+        status: str,
+        fingerprint: str | None,
+        *,
+        tokens: int,
+        seconds: Mapping[str, float],
+        at_s: float | None = None,
+    ) -> None:
+        """Enter a row that has ended well.
 
         Args:
-            at_s: When it was finished, in seconds since the phase began; None: before it, or not known.
+            seconds: Of work, by kind.
+            at_s: When, in seconds since the phase began; None: not known.
         """
-        self.counts[row["status"]] += 1
-        if row["status"] == "failed":
-            return self.failures.add(row["reason"] or "", str(row["document_id"] or row["source"]))
-        self._fingerprint(row["fingerprint"])
-        self.n_tokens += row["context_tokens"]
-        self.stored_bytes += row["stored_bytes"]
-        if row["status"] == "built":
-            for kind in ("prefill", "graph", "write"):
-                self.seconds[kind] += row.get(f"{kind}_s", 0.0)
-            self._finished(at_s, row["context_tokens"])
-        return None
-
-    def answer(self, row: Mapping[str, Any], *, at_s: float | None = None) -> str | None:
-        """Enter a row of `rabatch.records.ANSWERS`; else as `document`."""
-        self.counts["answered" if row["status"] == "ok" else "failed"] += 1
-        if row["status"] != "ok":
-            return self.failures.add(row["reason"] or "", f"{row['question_id']} on {row['document_id']}")
-        self._fingerprint(row["fingerprint"])
-        tokens, seconds = row["answer_tokens"] or 0, row["seconds"] or 0.0
+        self.counts[status] += 1
         self.n_tokens += tokens
-        self.seconds["answer"] += seconds
-        self.latency.add(seconds)
-        if row["attended_share"] is not None:
-            self.attended.add(row["attended_share"])
-        self._finished(at_s, tokens)
-        return None
-
-    def _fingerprint(self, fingerprint: str | None) -> None:
+        self.seconds.update(seconds)  # type: ignore[arg-type]
         if fingerprint and (fingerprint in self.fingerprints or len(self.fingerprints) < MAX_KINDS):
             self.fingerprints[fingerprint] += 1
-
-    def _finished(self, at_s: float | None, tokens: int) -> None:
         if at_s is not None:
             self.rows.add(at_s, 1)
             self.tokens.add(at_s, tokens)

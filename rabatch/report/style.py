@@ -1,13 +1,13 @@
 """The style sheet of the report: light and dark, narrow and wide."""
 
 STYLE = """
-:root { --page: #f6f7f8; --card: #fff; --text: #1c2126; --soft: #5a646e; --line: #dde1e5; --bar: #2f6f9f; --bad: #b3402e;
-  --track: #eceff1; color-scheme: light dark; }
+:root { --page: #f6f7f8; --card: #fff; --text: #1c2126; --soft: #5a646e; --line: #dde1e5; --bar: #2f6f9f;
+  --bad: #b3402e; --track: #eceff1; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181b; --card: #1d2327; --text: #e6e9eb; --soft: #a2adb6;
   --line: #343c42; --bar: #6fb1dd; --bad: #ee8a76; --track: #2a3136; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.25rem clamp(0.75rem, 3vw, 2.5rem) 3rem; max-width: 92rem; background: var(--page);
-  color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", "DejaVu Sans", sans-serif; }
+  color: var(--text); font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 0.75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.25rem 0 0.75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0; }
@@ -15,7 +15,8 @@ dl { margin: 0; }
 dt { color: var(--soft); font-size: 0.86rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .pairs > div { display: grid; grid-template-columns: minmax(7rem, 13rem) 1fr; gap: 0.75rem; padding: 0.1rem 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.6rem; margin-bottom: 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.6rem;
+  margin-bottom: 1rem; }
 .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.75rem; }
 .tiles dd { font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .tiles .warn dd { color: var(--bad); }
@@ -52,5 +53,6 @@ section > h3 { margin: 1.25rem 0 0.5rem; }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: 0.86rem; }
 @media (max-width: 34rem) { .pairs > div { grid-template-columns: 1fr; gap: 0; padding: 0.2rem 0; }
   .failures thead { display: none; } .failures tr { display: block; padding: 0.6rem 0.75rem;
-  border-bottom: 1px solid var(--line); } .failures td { display: block; border: 0; padding: 0.1rem 0; text-align: left; } }
+  border-bottom: 1px solid var(--line); } .failures td { display: block; border: 0; padding: 0.1rem 0;
+  text-align: left; } .failures td.bar { width: auto; } }
 """
