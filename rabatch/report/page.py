@@ -161,12 +161,12 @@ def _failures(phase: Phase) -> str:
     ranked = phase.failures.counts.most_common()
     most = ranked[0][1]
     rows = "".join(
-        f'<tr><td class="number">{count:,}</td><td class="bar">{plots.share_bar(count / most)}</td>'
+        f'<tr><td class="number">{count:,}</td><td class="bar" aria-hidden="true">{plots.share_bar(count / most)}</td>'
         f"<td>{escape(kind)}</td><td><code>{escape(phase.failures.examples[kind])}</code></td></tr>"
         for kind, count in ranked
     )
-    names = ("rows", "share of the most frequent", "reason", "for example")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head = '<th scope="col">rows</th><th aria-hidden="true"></th><th scope="col">reason</th>'
+    head += '<th scope="col">for example</th>'
     return (
         '<h3>Failures by reason</h3><div class="scroll"><table class="failures">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
