@@ -132,13 +132,15 @@ def answer(
             sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
             cache_dir=_cache_folder(resources.cache_dir),
             cache_bytes=resources.cache_bytes,
+            recall_share=resources.recall_share,
         )
         n_questions = sum(len(batch.pairs) for batch in batches)
         with observer.working(n_questions):
             for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
-                    observer.answered(json.loads(told["seen"]), fingerprint=batch.stored.fingerprint)
+                    seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
+                    observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
     for number in job.open_pairs():
         reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or "
         job.fail(number, reason + "smaller questions_per_batch, then run again")

@@ -211,6 +211,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
+    text = "share of the searches whose recall is measured for reports and metrics"
+    _number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
     add_observing(parser)
     add_common(parser)
 
@@ -312,7 +314,13 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
         "resources": _resources(
-            arguments, "answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes"
+            arguments,
+            "answer_actors",
+            "questions_per_batch",
+            "memory_bytes",
+            "cache_dir",
+            "cache_bytes",
+            "recall_share",
         ),
         **_shared_settings(arguments),
     }

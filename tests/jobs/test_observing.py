@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rabatch.config import BuildConfig, GenerationSettings
+from rabatch.config import BuildConfig, GenerationSettings, Resources
 from rabatch.errors import ConfigError, FailedRowsError
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
@@ -84,6 +84,7 @@ def watched(local_ray, tmp_path_factory):
     with Observer("run & report", progress=False, report_html=report) as watch:
         built = build(documents, store=folder / "index", config=SMALL, observer=watch)
         asked = {"store": folder / "index", "generation": SHORT, "output": folder / "answers"}
+        asked["resources"] = Resources(recall_share=1.0)
         answered = answer(questions, **asked, observer=watch)
         again = answer(questions, **asked, observer=watch)
     return watch.run, report, built, answered, again
@@ -102,6 +103,8 @@ def test_the_observer_counts_what_the_result_says(watched):
     assert of_answers.n_tokens == sum(row["answer_tokens"] for row in ok)
     assert of_answers.latency.total == pytest.approx(sum(row["seconds"] for row in ok))
     assert of_answers.attended.mean == pytest.approx(answered.attended_share)
+    assert of_answers.recall.count > 100  # one per pass and layer
+    assert 0.5 < of_answers.recall.mean <= 1
     assert sum(of_answers.failures.counts.values()) == 1
     assert (again.reused, of_rerun.counts) == (2, {"reused": 2, "failed": 1})
     assert [phase.unfinished for phase in run.phases] == [0, 0, 0]
@@ -121,7 +124,7 @@ def test_the_report_says_so_and_escapes_names(watched):
     assert "onerror" not in page.replace("&lt;img src=x onerror=alert(1)&gt;", "")
     assert re.findall(r"""\b(?:src|href|url)\s*[=(]\s*"?([^"\s>]*)""", re.sub(r"&[#\w]+;", "", page)) == ["data:,", "x"]
     n_plots = page.count('role="img"')
-    assert n_plots == 2 + 4  # the rerun had nothing to do
+    assert n_plots == 2 + 5  # the rerun had nothing to do
     assert page.count("<figure>") == page.count("<details>") == n_plots
 
 
