@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo | corpus | build | answer | inspect | verify | compact | gc`.
+"""The command line: `rabatch demo | corpus | build | answer | report | inspect | verify | compact | gc`.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_arguments, cli_store
+from rabatch import __version__, cli_arguments, cli_report, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,build,answer,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,build,answer,report,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     cli_arguments.add_build(add("build", _build, "prefill documents and store their indexes", example))
     example = "corpus/questions.jsonl --store index --output answers"
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
+    example = "--store index --answers answers --report-html report.html"
+    cli_report.add_arguments(add("report", cli_report.run, "write a page about what lies in the stores", example))
     cli_store.add_commands(add)
     return parser
 

@@ -129,6 +129,11 @@ def add_observing(parser: argparse.ArgumentParser) -> None:
 def add_store(parser: argparse.ArgumentParser) -> None:
     """`--store` and how to reach it."""
     parser.add_argument("--store", required=True, metavar="URL", help="index store: a path or any fsspec URL")
+    add_storage_options(parser)
+
+
+def add_storage_options(parser: argparse.ArgumentParser) -> None:
+    """`--storage-options`."""
     parser.add_argument(
         "--storage-options", type=_json_object, metavar="JSON", help='for fsspec, e.g. \'{"endpoint_url": "..."}\''
     )

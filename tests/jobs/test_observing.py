@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from rabatch.cli import main
 from rabatch.config import BuildConfig, GenerationSettings, Resources
 from rabatch.errors import ConfigError, FailedRowsError
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
 from rabatch.jobs.observing import Observer
 from rabatch.jobs.progress import clock, showing
+from rabatch.report.collect import collect
+from rabatch.storage.answers import AnswerStore
+from rabatch.storage.store import IndexStore
 
 ROOT = Path(__file__).parents[2]
 WORDS = "The keeper of the north tower counted lamps and wrote their numbers into a green book. "
@@ -126,6 +130,25 @@ def test_the_report_says_so_and_escapes_names(watched):
     n_plots = page.count('role="img"')
     assert n_plots == 2 + 5  # the rerun had nothing to do
     assert page.count("<figure>") == page.count("<details>") == n_plots
+
+
+def test_a_page_about_the_stores(watched, tmp_path, capsys):
+    run, path, built, *_ = watched
+    store, answers = (str(path.parent / name) for name in ("index", "answers"))
+    page = tmp_path / "page.html"
+    assert main(["report", "--store", store, "--answers", answers, "--report-html", str(page), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["counts"] == {"build": {"indexed": 2}, "answer": {"answered": 2, "failed": 1}}
+    text = page.read_text()
+    assert built.fingerprint in text
+    assert text.count("<figure>") == 2 + 2  # when answers were given is not known
+    made = collect(IndexStore(store), AnswerStore(answers))
+    assert [phase.n_tokens for phase in made.phases] == [phase.n_tokens for phase in run.phases[:2]]
+    assert made.phases[0].stored_bytes == built.stored_bytes
+    assert main(["report", "--store", store, "--report-html", str(page)]) == 0
+    assert main(["report"]) == 2
+    assert main(["report", "--store", store, "--report-html", str(tmp_path / "page.pdf")]) == 2
+    capsys.readouterr()
 
 
 def test_a_run_that_stops_leaves_a_report(local_ray, tmp_path):
