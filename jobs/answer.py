@@ -21,6 +21,7 @@ from typing import Any
 import ray.data
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
+from rabatch.exporting import write_windows
 from rabatch.fingerprint import model_fields
 from rabatch.jobs import cluster
 from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
@@ -28,7 +29,6 @@ from rabatch.jobs.asking import Asked
 from rabatch.jobs.catalog import Batch, Catalog, batches_of, chunks, join, read_entries
 from rabatch.jobs.messages import raise_fatal
 from rabatch.jobs.observing import Observer
-from rabatch.jobs.output import write_windows
 from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
 from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
@@ -116,7 +116,7 @@ def answer(
     batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
     if batches:
         gpus = cluster.gpus_per_actor(resources, settings.device)
-        memory = cluster.actor_memory(resources, connected, weights_bytes(settings))
+        memory = cluster.actor_memory(resources, weights_bytes(settings))
         pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
         actor = AnswerSettings(
             model=settings,
@@ -136,7 +136,7 @@ def answer(
         )
         n_questions = sum(len(batch.pairs) for batch in batches)
         with observer.working(n_questions):
-            for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory):
+            for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory.reserved):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
                     seen, recall = json.loads(told["seen"]), json.loads(told["recall"])

@@ -254,6 +254,8 @@ class Asked:
             if number is None:
                 all_asked = False
                 continue
+            if self._reasons.pop(number, None) is not None:  # another run has answered what failed here
+                self.failures.count -= 1
             if self._sources[number] is None:
                 about = {name: table[name][row].as_py() for name in ("status", "answer", "attended_share")}
                 expected = self.questions[self.pairs[number].order]["expected"]

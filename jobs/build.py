@@ -135,7 +135,7 @@ def _run(
     """Rows about parts and failures, as they come."""
     gpus = cluster.gpus_per_actor(resources, model.device)
     threads = resources.cpus_per_actor
-    memory = cluster.actor_memory(resources, connected, weights_bytes(model))
+    memory = cluster.actor_memory(resources, weights_bytes(model))
     prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus, memory=memory)
     with cluster.dataset_context(row_blocks=True):
         rows = (
@@ -143,7 +143,7 @@ def _run(
             .map_batches(
                 PrefillActor,
                 fn_constructor_args=(model, config, threads),
-                **cluster.actor_options(prefill, cpus=threads, gpus=gpus, memory=memory),
+                **cluster.actor_options(prefill, cpus=threads, gpus=gpus, memory=memory.reserved),
             )
             .map_batches(
                 GraphActor,

@@ -49,16 +49,14 @@ class Cluster:
         gpus: CUDA devices.
         cores: Physical parallelism: `cpus`, or less where the embedded Ray declares more CPUs than there are.
         machines: Over which Ray spreads actors.
-        memory: Bytes of main memory that Ray lends, of all machines together. 0: not told.
-        largest_memory: Of the machine that has most.
+        memory: Bytes of main memory that Ray lends, of each machine. Empty: not told.
     """
 
     cpus: int
     gpus: int
     cores: int
     machines: int = 1
-    memory: int = 0
-    largest_memory: int = 0
+    memory: tuple[int, ...] = ()
 
 
 class Pool(NamedTuple):
@@ -66,6 +64,16 @@ class Pool(NamedTuple):
 
     least: int
     most: int
+
+
+class Memory(NamedTuple):
+    """Bytes of main memory of one actor: what it is thought to need, and what Ray reserves for it (0: nothing)."""
+
+    needed: int = 0
+    reserved: int = 0
+
+
+NO_MEMORY = Memory()
 
 
 def checkout_root() -> Path | None:
@@ -109,10 +117,9 @@ def connect(address: str | None = None) -> Cluster:
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    machines, memory = len(alive), [int(node.get("memory", 0)) for node in alive]
+    machines, memory = len(alive), tuple(int(node["memory"]) for node in alive if "memory" in node)
     cores = min(cpus, os.cpu_count() or cpus) if machines == 1 else cpus
-    more = {"memory": sum(memory), "largest_memory": max(memory, default=0)}
-    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), **more)
+    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), memory=memory)
 
 
 def _quiet() -> None:
@@ -199,25 +206,19 @@ def gpus_per_actor(resources: Resources, device: str) -> float:
     return 1.0 if device.startswith("cuda") else 0.0
 
 
-def actor_memory(resources: Resources, cluster: Cluster, weights_bytes: int) -> int:
-    """Bytes of main memory that Ray reserves for a model actor; 0 where the cluster does not tell what it has.
+def actor_memory(resources: Resources, weights_bytes: int) -> Memory:
+    """Main memory of a model actor. By the model's size it is only thought of when a pool is sized, not reserved: the
+    estimate must not keep an actor from starting.
 
     Args:
         weights_bytes: Of the model, in the dtype it computes in.
-
-    Raises:
-        ConfigError: No machine of the cluster has as much as was asked for.
     """
     asked = resources.actor_memory_bytes
-    if asked > cluster.largest_memory > 0:
-        fix = f"the largest machine lends {cluster.largest_memory}; ask for less, or 0"
-        raise ConfigError("actor_memory_bytes", asked, fix)
-    by_size = int(_MEMORY_PER_WEIGHTS * weights_bytes) + _MEMORY_BESIDE
-    return asked or min(by_size, cluster.largest_memory)
+    return Memory(asked or int(_MEMORY_PER_WEIGHTS * weights_bytes) + _MEMORY_BESIDE, asked)
 
 
 def build_pools(
-    resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float, memory: int = 0
+    resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float, memory: Memory = NO_MEMORY
 ) -> tuple[Pool, Pool]:
     """Sizes of the prefill pool and of the graph pool.
 
@@ -228,13 +229,13 @@ def build_pools(
         ConfigError: the cluster has not enough CPUs, GPUs or memory for one actor of each.
     """
     cpus = resources.cpus_per_actor
-    _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus, memory=memory)
+    _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus)
     room = int((cluster.cpus - READER_CPUS) // cpus)
     prefill = _asked(resources.prefill_actors)
     if prefill is None:
         # On CPUs, prefill takes about twice the time of graph construction (demo model at 8K tokens: 9 s and 4 s).
         size = int(cluster.gpus // gpus) if gpus else math.ceil(2 * cluster.cores / (3 * cpus))
-        size = max(1, min(size, n_documents, room - 1, _memory_room(cluster, memory)))
+        size = max(1, min(size, n_documents, room - 1, _memory_room(cluster, memory.needed)))
         prefill = Pool(size, size)
     spare = cluster.cores - (0 if gpus else prefill.least * cpus)
     graph = _asked(resources.graph_actors)
@@ -242,19 +243,23 @@ def build_pools(
         size = max(1, min(spare // cpus, room - prefill.least))
         graph = Pool(size, size)
     cpus *= prefill.least + graph.least
-    _check_fits(cluster, cpus=cpus + READER_CPUS, gpus=prefill.least * gpus, memory=prefill.least * memory)
+    _check_fits(cluster, cpus=cpus + READER_CPUS, gpus=prefill.least * gpus)
+    _check_memory(cluster, prefill, memory)
     return prefill, graph
 
 
-def answer_pool(resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float, memory: int = 0) -> Pool:
+def answer_pool(
+    resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float, memory: Memory = NO_MEMORY
+) -> Pool:
     """Size of the answer pool. Arguments and errors as of `build_pools`."""
     cpus = resources.cpus_per_actor
     pool = _asked(resources.answer_actors)
     if pool is None:
         size = int(cluster.gpus // gpus) if gpus else cluster.cores // cpus
-        size = max(1, min(size, n_rows, cluster.cpus // cpus, _memory_room(cluster, memory)))
+        size = max(1, min(size, n_rows, cluster.cpus // cpus, _memory_room(cluster, memory.needed)))
         pool = Pool(size, size)
-    _check_fits(cluster, cpus=pool.least * cpus, gpus=pool.least * gpus, memory=pool.least * memory)
+    _check_fits(cluster, cpus=pool.least * cpus, gpus=pool.least * gpus)
+    _check_memory(cluster, pool, memory)
     return pool
 
 
@@ -266,19 +271,26 @@ def _asked(size: int | tuple[int, int]) -> Pool | None:
 
 
 def _memory_room(cluster: Cluster, memory: int) -> int:
-    return max(1, cluster.memory // memory) if memory else cluster.cpus
+    """For how many actors the machines have memory; one at least is tried."""
+    return max(1, sum(machine // memory for machine in cluster.memory)) if memory and cluster.memory else cluster.cpus
 
 
-def _check_fits(cluster: Cluster, *, cpus: float, gpus: float, memory: int) -> None:
+def _check_memory(cluster: Cluster, pool: Pool, memory: Memory) -> None:
+    if memory.reserved and cluster.memory:
+        room = sum(machine // memory.reserved for machine in cluster.memory)
+        if room < pool.least:
+            lent = ", ".join(map(str, cluster.memory))
+            fix = f"the machines lend {lent} bytes, room for {room} of {pool.least} actors; use fewer, or less for each"
+            raise ConfigError("actor_memory_bytes", memory.reserved, fix)
+
+
+def _check_fits(cluster: Cluster, *, cpus: float, gpus: float) -> None:
     if cpus > cluster.cpus:
         fix = f"the actors need {cpus:g} logical CPUs, the cluster has {cluster.cpus}; use fewer actors or CPUs"
         raise ConfigError("resources", f"{cpus:g} CPUs", fix)
     if gpus > cluster.gpus:
         fix = f"the actors need {gpus:g} GPUs, the cluster has {cluster.gpus}; use fewer actors, or device cpu"
         raise ConfigError("resources", f"{gpus:g} GPUs", fix)
-    if memory > cluster.memory > 0:
-        fix = f"the actors need {memory} bytes, the cluster lends {cluster.memory}; use fewer actors, or a smaller "
-        raise ConfigError("resources", f"{memory} bytes", fix + "actor_memory_bytes")
 
 
 def limit_threads(threads: int) -> None:

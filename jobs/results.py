@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+import ray
+import ray.data
+
 from rabatch.errors import FailedRowsError
 from rabatch.evaluation.scoring import exact_match
+from rabatch.records import ANSWERS, BUILD_REPORT
 
 FAILURES_SHOWN = 5
 _NAME_CHARS = 100
@@ -46,13 +52,22 @@ class BuildResult:
         """0: every row is indexed; 1: some failed."""
         return 1 if self.failed else 0
 
+    def first_failures(self) -> list[str]:
+        """A line for each of the first rows that failed."""
+        rows = itertools.islice((row for row in self.rows if row["status"] == "failed"), FAILURES_SHOWN)
+        return [failure(f"{row['document_id']!r} ({row['source']})", row["reason"]) for row in rows]
+
+    def to_dataset(self) -> ray.data.Dataset:
+        """The rows as a Ray dataset."""
+        return ray.data.from_arrow(pa.Table.from_pylist(self.rows, BUILD_REPORT))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the rows in full."""
         return {**dataclasses.asdict(self), "exit_code": self.exit_code}
 
     def summary(self) -> list[str]:
         """The last lines of the command."""
-        lines = failures(self.rows, lambda row: f"{row['document_id']!r} ({row['source']})")
+        lines = failure_lines(self.first_failures(), self.failed)
         size = f"{self.tokens:,} tokens, {self.stored_bytes:,} bytes stored"
         counts = f"built {self.built}, skipped {self.skipped}, failed {self.failed}"
         return [*lines, f"{counts} of {len(self.rows)} documents ({size}) in {self.seconds:.1f} s"]
@@ -162,6 +177,12 @@ class AnswerResult:
         `rabatch.records.ANSWERS`. Read from the answers store when first asked for, and then held."""
         return [row for rows in self.read_rows() for row in rows]
 
+    def to_dataset(self) -> ray.data.Dataset:
+        """The rows as a Ray dataset, in their order; read some thousand at a time into Ray's object store."""
+        tables = (pa.Table.from_pylist(rows, ANSWERS) for rows in self.read_rows())
+        references: Any = [ray.put(table) for table in tables] or [ray.put(ANSWERS.empty_table())]
+        return ray.data.from_arrow_refs(references)
+
     @property
     def exit_code(self) -> int:
         """0: every question is answered; 1: some failed."""
@@ -187,12 +208,6 @@ class AnswerResult:
         if self.exact_match is not None:
             counts += f"; exact match {self.exact_match:.1%}"
         return [*failure_lines(self.first_failures, self.failed), counts]
-
-
-def failures(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
-    """The first failed rows with their reasons, and how many more there are."""
-    failed = [row for row in rows if row["status"] == "failed"]
-    return failure_lines([failure(name(row), row["reason"]) for row in failed[:FAILURES_SHOWN]], len(failed))
 
 
 def failure(name: str, reason: str | None) -> str:

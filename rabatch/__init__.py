@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from rabatch.errors import RabatchError
     from rabatch.jobs.answer import answer
     from rabatch.jobs.build import build
+    from rabatch.jobs.run import run
     from rabatch.pipeline import Pipeline
+    from rabatch.storage.answers import AnswerStore
     from rabatch.storage.store import IndexStore
 
 _EXPORTS = {
+    "AnswerStore": "rabatch.storage.answers",
     "BuildConfig": "rabatch.config",
     "GenerationSettings": "rabatch.config",
     "IndexStore": "rabatch.storage.store",
@@ -34,9 +37,11 @@ _EXPORTS = {
     "Resources": "rabatch.config",
     "answer": "rabatch.jobs.answer",
     "build": "rabatch.jobs.build",
+    "run": "rabatch.jobs.run",
 }
 
 __all__ = [
+    "AnswerStore",
     "BuildConfig",
     "GenerationSettings",
     "IndexStore",
@@ -47,6 +52,7 @@ __all__ = [
     "Resources",
     "answer",
     "build",
+    "run",
 ]
 
 

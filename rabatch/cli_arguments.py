@@ -139,6 +139,14 @@ def add_storage_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The options of `rabatch run`."""
+    parser.add_argument("pipeline", help="the definition: a .yaml file, a path or fsspec URL")
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    add_observing(parser)
+    add_common(parser)
+
+
 def add_build(parser: argparse.ArgumentParser) -> None:
     """The options of `rabatch build`."""
     parser.add_argument("documents", help="folder of .txt and .md, or .jsonl or .parquet; a path or fsspec URL")
@@ -173,7 +181,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", help=".jsonl or .parquet with question, and optionally question_id, document_id")
     add_store(parser)
     parser.add_argument(
-        "--output", metavar="URL", default="answers", help="folder for answers.parquet and .jsonl (answers)"
+        "--output", metavar="URL", default="answers", help="answers store; also answers.parquet and .jsonl (answers)"
     )
     parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
     _add_model(parser)
@@ -238,10 +246,21 @@ def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._Ar
     group = parser.add_argument_group("resources")
     group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
     for pool in pools:
-        _number(group, pool, 0, "actors; 0: as many as there is room for")
+        text = "actors, or between MIN and MAX; 0: as many as there is room for (0)"
+        group.add_argument(pool, type=_pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
     _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
+    text = "main memory that Ray reserves for an actor that runs the model; 0: none"
+    _number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
+    group.add_argument("--max-failed-rows", type=int, metavar="N", help="stop when more rows fail (no limit)")
     return group
+
+
+def _pool(text: str) -> int | tuple[int, int]:
+    least, dash, most = text.partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise argparse.ArgumentTypeError("must be a number of actors, or MIN-MAX")
+    return (int(least), int(most)) if dash else int(least)
 
 
 def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
@@ -345,9 +364,11 @@ def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "storage_options": arguments.storage_options,
         "model": model,
         "address": arguments.address,
+        "max_failed_rows": arguments.max_failed_rows,
     }
 
 
 def _resources(arguments: argparse.Namespace, *names: str) -> Resources:
     values = {name: getattr(arguments, name) for name in names}
-    return Resources(gpus_per_actor=arguments.gpus_per_actor, cpus_per_actor=arguments.cpus_per_actor, **values)
+    values |= {name: getattr(arguments, name) for name in ("gpus_per_actor", "cpus_per_actor", "actor_memory_bytes")}
+    return Resources(**values)

@@ -247,8 +247,8 @@ class Resources(_Checked):
             with the work. 0: as many as the cluster has room for.
         gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
         cpus_per_actor: Logical CPUs of one actor; also its threads.
-        actor_memory_bytes: Main memory of one prefill or answer actor, which Ray reserves. 0: by the model's size, 1.5
-            times its weights and 1 GiB; where the cluster has not so much, fewer actors.
+        actor_memory_bytes: Main memory that Ray reserves for one prefill or answer actor. 0: none, but there are no
+            more actors by default than the machines have memory for, by 1.5 times the model's weights and 1 GiB each.
         questions_per_batch: Questions of one document decoded together; as one ends, the next begins. Up to four times
             as many where the document is larger than `memory_bytes`.
         memory_bytes: Of opened indexes that one answer actor holds in memory. 0: half of what the machine has left,

@@ -62,6 +62,9 @@ ANSWERS = pa.schema(
     ]
 )
 
+EXPORTED_ANSWERS = pa.schema([*ANSWERS, pa.field("run", pa.int64()), pa.field("answered_at", pa.string())])
+"""Columns of what `rabatch answers` writes: which run of the answers store a row is of, and when that was committed."""
+
 STORED_ANSWERS = pa.schema(
     [
         *ANSWERS,

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
-from rabatch.records import STORED_ANSWERS
+from rabatch.records import ANSWERS, STORED_ANSWERS
 from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import fingerprint_of
@@ -293,26 +294,46 @@ def _plain(values: list[Any]) -> bytes:
     return json.dumps(values, separators=(",", ":")).encode()
 
 
-@dataclass(frozen=True)
-class Latest:
-    """Which rows are the latest of their (question, document) pair."""
-
-    rows: dict[bytes, tuple[int, int, int]]
-    """Run, part and row, by pair."""
-
-    def is_latest(self, run: int, part: int, row: int, question_id: str, document_id: str | None) -> bool:
-        return self.rows[pair_key(question_id, document_id)] == (run, part, row)
-
-
-def latest(store: AnswerStore, runs: list[Run]) -> Latest:
-    """Look through all runs. Takes some 200 bytes per pair."""
+def latest(store: AnswerStore, runs: list[Run]) -> dict[bytes, tuple[int, int, int]]:
+    """Run, part and row of the latest row of each (question, document) pair. Takes some 200 bytes per pair."""
     rows: dict[bytes, tuple[int, int, int]] = {}
     for run in runs:
         for number, part in enumerate(run.parts):
             table = store.read(part, columns=["question_id", "document_id"])
             for row, pair in enumerate(_pairs(table)):
                 rows[pair] = (run.number, number, row)
-    return Latest(rows)
+    return rows
+
+
+def exported(
+    store: AnswerStore, *, every: bool = False, question_id: str | None = None, document_id: str | None = None
+) -> Iterator[pa.Table]:
+    """The answers as a reader wants them: of every (question, document) pair the latest row, in order of the runs.
+
+    Args:
+        every: Also the rows that later ones have taken the place of, and a column `superseded` that says so.
+        question_id, document_id: Only of this question, of this document.
+
+    Yields:
+        Tables of `records.ANSWERS` and the columns `run` and `answered_at`.
+    """
+    runs = store.runs()
+    newest = latest(store, runs)
+    for run in runs:
+        for number, part in enumerate(run.parts):
+            table = store.read(part)
+            current = [newest[pair] == (run.number, number, row) for row, pair in enumerate(_pairs(table))]
+            n = table.num_rows
+            table = table.select(ANSWERS.names).append_column("run", pa.array([run.number] * n, pa.int64()))
+            table = table.append_column("answered_at", pa.array([run.created_at] * n, pa.string()))
+            keep = pa.array(current, pa.bool_())
+            if every:
+                table = table.append_column("superseded", pc.invert(keep))
+                keep = pa.array([True] * n, pa.bool_())
+            for column, wanted in (("question_id", question_id), ("document_id", document_id)):
+                if wanted is not None:
+                    keep = pc.and_(keep, pc.fill_null(pc.equal(table[column], wanted), False))
+            yield table.filter(keep)
 
 
 def _pairs(table: pa.Table) -> Iterator[bytes]:

@@ -264,6 +264,7 @@ def test_help_loads_nothing_heavy():
 
 def test_listing_a_store_loads_nothing_heavy():
     modules = "rabatch.cli_store, rabatch.storage.compaction, rabatch.storage.garbage, rabatch.storage.superseded"
+    modules += ", rabatch.cli_answers, rabatch.storage.answers, rabatch.exporting, rabatch.pipeline"
     assert loaded_by(f"import {modules}", HEAVY) == set()
 
 

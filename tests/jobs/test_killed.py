@@ -212,7 +212,7 @@ import numpy as np
 import ray
 from ray._private.internal_api import memory_summary
 
-ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
 held = [ray.put(np.zeros(16 << 20, np.uint8)) for _ in range(int(sys.argv[3]))]
 
 from rabatch.config import GenerationSettings

@@ -172,7 +172,7 @@ import ray
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-ray.init(num_cpus=4, include_dashboard=False, _metrics_export_port=port, log_to_driver=False,
+ray.init("local", num_cpus=4, include_dashboard=False, _metrics_export_port=port, log_to_driver=False,
          _system_config={"metrics_report_interval_ms": 500})
 from rabatch.config import BuildConfig, GenerationSettings
 from rabatch.jobs.answer import answer
@@ -196,7 +196,7 @@ print(json.dumps({"text": text, "tokens": built.tokens, "bytes": built.stored_by
 
 @pytest.mark.slow
 def test_prometheus_reads_the_counters(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     command = [sys.executable, "-c", _METRICS]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

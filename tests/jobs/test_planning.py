@@ -7,7 +7,7 @@ import pytest
 from rabatch.config import Recipe, Resources
 from rabatch.errors import ConfigError
 from rabatch.jobs.catalog import Catalog, Stored, batches_of, chunks, join
-from rabatch.jobs.cluster import Cluster, actor_memory, answer_pool, build_pools, worker_url
+from rabatch.jobs.cluster import Cluster, Memory, actor_memory, answer_pool, build_pools, worker_url
 from rabatch.jobs.plan import plan_documents
 from rabatch.jobs.rows import Record, question_of
 from rabatch.jobs.sources import list_units
@@ -146,16 +146,17 @@ def test_pools_may_grow_past_what_the_cluster_has_now():
 
 
 def test_memory_bounds_the_pools():
-    machine = Cluster(16, 0, 16, memory=10 << 30, largest_memory=6 << 30)
-    assert actor_memory(Resources(), machine, 2 << 30) == 4 << 30
-    assert actor_memory(Resources(), machine, 200 << 30) == 6 << 30
-    assert actor_memory(Resources(actor_memory_bytes=5), machine, 2 << 30) == 5
-    assert answer_pool(Resources(), machine, n_rows=99, gpus=0, memory=4 << 30) == (2, 2)
-    assert build_pools(Resources(), machine, n_documents=99, gpus=0, memory=4 << 30)[0] == (2, 2)
-    with pytest.raises(ConfigError, match=r"actor_memory_bytes = 7516192768: the largest machine lends 6442450944"):
-        actor_memory(Resources(actor_memory_bytes=7 << 30), machine, 1)
-    with pytest.raises(ConfigError, match="need 12884901888 bytes, the cluster lends 10737418240"):
-        answer_pool(Resources(answer_actors=3), machine, n_rows=99, gpus=0, memory=4 << 30)
+    machines = Cluster(16, 0, 16, machines=2, memory=(6 << 30, 4 << 30))
+    memory = actor_memory(Resources(), 2 << 30)
+    assert memory == (4 << 30, 0)
+    assert answer_pool(Resources(), machines, n_rows=99, gpus=0, memory=memory) == (2, 2)
+    assert build_pools(Resources(), machines, n_documents=99, gpus=0, memory=memory)[0] == (2, 2)
+    assert answer_pool(Resources(), machines, n_rows=99, gpus=0, memory=Memory(99 << 30)) == (1, 1)
+    assert answer_pool(Resources(answer_actors=5), machines, n_rows=99, gpus=0, memory=memory) == (5, 5)
+    reserved = actor_memory(Resources(actor_memory_bytes=3 << 30), 2 << 30)
+    assert answer_pool(Resources(answer_actors=3), machines, n_rows=99, gpus=0, memory=reserved) == (3, 3)
+    with pytest.raises(ConfigError, match=r"actor_memory_bytes = 3221225472: .* room for 3 of 4 actors"):
+        answer_pool(Resources(answer_actors=4), machines, n_rows=99, gpus=0, memory=reserved)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,9 @@ def test_ray_makes_as_many_calls_at_once_as_it_is_told(local_ray, calls, seconds
 
     with cluster.dataset_context(row_blocks=True):
         rows = ray.data.from_items([{"n": n} for n in range(4)], override_num_blocks=4).map_batches(
-            Meeting, fn_constructor_args=(seconds,), **cluster.actor_options(1, cpus=1, gpus=0, calls=calls)
+            Meeting,
+            fn_constructor_args=(seconds,),
+            **cluster.actor_options(cluster.Pool(1, 1), cpus=1, gpus=0, calls=calls),
         )
         most = [row["most"] for row in cluster.rows_of(rows)]
     assert most == [calls] * 4
