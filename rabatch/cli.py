@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo | corpus | run | build | answer | answers | report | inspect | verify | compact | gc`.
+"""The command line: `rabatch demo`, `corpus`, `run`, `build`, `answer`, `answers`, `report` and those on stores.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
