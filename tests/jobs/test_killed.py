@@ -6,6 +6,7 @@ Builds whose prefill actors or driver are killed: tests/jobs/test_build.py.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from rabatch.demo.corpus import write_corpus
 from rabatch.index.links import unreachable
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.jobs.cluster import OOM_RETRIES
 from rabatch.storage.answers import AnswerStore
 from rabatch.storage.store import IndexStore
 from rabatch.storage.verify import verify
@@ -131,12 +133,16 @@ def test_the_memory_monitor_kills_whatever_runs(tmp_path):
     """Ray kills workers while more of the memory is used than it is told to allow; here that is always so."""
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=2, tokens=2000, n_questions=1)
     documents = corpus["paths"]["documents"]
-    tight = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "50"}
+    tight = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "50", "RAY_task_oom_retries": "1"}
     built, skipped, reasons = script(_OUT_OF_MEMORY, tmp_path, documents, **tight)
-    assert (built, skipped, len(reasons)) == (0, 0, 2)
-    assert all("perhaps out of memory" in reason for reason in reasons)
+    assert (built, skipped) == (0, 0)
+    assert [reason.split(";")[0] for reason in reasons] == ["cannot be read: its reader died, perhaps out of memory"]
     assert script(_OUT_OF_MEMORY, tmp_path, documents) == [2, 0, []]
     assert sound(tmp_path / "index")
+
+
+def test_a_task_without_memory_is_not_tried_for_ever(local_ray):
+    assert int(os.environ["RAY_task_oom_retries"]) == OOM_RETRIES
 
 
 _NODE_LOST = """
