@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_the_memory_monitor_kills_whatever_runs(tmp_path):
 
 
 def test_a_task_without_memory_is_not_tried_for_ever(local_ray):
-    assert int(os.environ["RAY_task_oom_retries"]) == OOM_RETRIES
+    assert int(os.environ["RAY_task_oom_retries"]) == OOM_RETRIES  # noqa: SIM112 (Ray's own spelling)
 
 
 _NODE_LOST = """
@@ -152,9 +153,9 @@ import ray
 from ray.cluster_utils import Cluster
 from tests.jobs.processes import workers
 
-small = {"object_store_memory": 300 << 20, "include_dashboard": False}
+small = {"object_store_memory": 300 << 20, "include_dashboard": False, "temp_dir": sys.argv[3]}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5, **small})
-second = cluster.add_node(num_cpus=3, object_store_memory=300 << 20)
+second = cluster.add_node(num_cpus=3, **small)
 ray.init(address=cluster.address, log_to_driver=False)
 
 from rabatch.config import GenerationSettings, Resources
@@ -179,7 +180,7 @@ watch.start()
 resources = Resources(prefill_actors=2, graph_actors=2, answer_actors=2, questions_per_batch=1)
 built = build(sys.argv[1], store="index", progress=False, resources=resources)
 watch.join()
-third = cluster.add_node(num_cpus=3, object_store_memory=300 << 20)
+third = cluster.add_node(num_cpus=3, **small)
 cluster.wait_for_nodes()
 pending = lambda: list(Path("answers/pending").glob("*.parquet"))
 watch = threading.Thread(target=lose, args=(third, "answer", ("AnswerActor",), pending))
@@ -203,7 +204,8 @@ print(json.dumps({
 def test_a_machine_is_lost(tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=5, tokens=3000, n_questions=6)
     paths = corpus["paths"]
-    told = script(_NODE_LOST, tmp_path, paths["documents"], paths["questions"], timeout_s=560)
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets in it need a short path
+        told = script(_NODE_LOST, tmp_path, paths["documents"], paths["questions"], folder, timeout_s=560)
     assert (told["nodes"], told["alive"]) == (3, 1)
     assert min(told["lost"].values()) > 0, "the machine that was lost had actors"
     assert (told["built"], told["failed"]) == (5, 0)
