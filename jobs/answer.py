@@ -114,33 +114,37 @@ def answer(
     reused = job.find_answered()
     observer.known("reused", reused)
     batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
-    if batches:
-        gpus = cluster.gpus_per_actor(resources, settings.device)
-        memory = cluster.actor_memory(resources, weights_bytes(settings))
-        pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
-        actor = AnswerSettings(
-            model=settings,
-            store_url=index.url,
-            storage_options=options,
-            recipe=recipe,
-            generation=generation,
-            answers_url=None if answers is None else answers.url,
-            threads=resources.cpus_per_actor,
-            slots=resources.questions_per_batch,
-            memory_bytes=resources.memory_bytes,
-            sharing=math.ceil(pool.most / connected.machines),
-            sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
-            cache_dir=_cache_folder(resources.cache_dir),
-            cache_bytes=resources.cache_bytes,
-            recall_share=resources.recall_share,
-        )
-        n_questions = sum(len(batch.pairs) for batch in batches)
-        with observer.working(n_questions):
+    gpus = cluster.gpus_per_actor(resources, settings.device)
+    memory = cluster.actor_memory(resources, weights_bytes(settings))
+    with observer.working(sum(len(batch.pairs) for batch in batches)):
+        while batches:
+            dead, connected = cluster.dead_machines(), cluster.connect(address)
+            pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
+            actor = AnswerSettings(
+                model=settings,
+                store_url=index.url,
+                storage_options=options,
+                recipe=recipe,
+                generation=generation,
+                answers_url=None if answers is None else answers.url,
+                threads=resources.cpus_per_actor,
+                slots=resources.questions_per_batch,
+                memory_bytes=resources.memory_bytes,
+                sharing=math.ceil(pool.most / connected.machines),
+                sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
+                cache_dir=_cache_folder(resources.cache_dir),
+                cache_bytes=resources.cache_bytes,
+                recall_share=resources.recall_share,
+            )
             for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory.reserved):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
                     seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
                     observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
+            lost = job.open_pairs()
+            batches = []
+            if lost and cluster.lost_machine_since(dead):  # what it has taken with it is asked again
+                batches = batches_of(job.pairs, lost, questions_per_batch=resources.questions_per_batch)
     for number in job.open_pairs():
         reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or "
         job.fail(number, reason + "smaller questions_per_batch, then run again")

@@ -103,17 +103,20 @@ def build(
     numbers = job.skip_committed()
     if numbers:
         pack_chars = _PACKED_CHARS_PER_TOKEN * config.prefill_chunk_tokens
-        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources, "connected": connected}
-        address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
+        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources}
         with observer.working(len(numbers)):
-            for row in _run(units, job.planned, numbers, address_of_parts, pack_chars=pack_chars, **options):
-                job.take(row)
-            # A pack that kills its worker is lost as a whole; alone, its good documents are built.
-            lost = [number for number in job.lost(numbers) if job.planned[number].chars <= pack_chars // 2]
-            if lost:
-                address_of_parts = dataclasses.replace(address_of_parts, attempt=index.new_attempt())
-                for row in _run(units, job.planned, lost, address_of_parts, pack_chars=0, **options):
+            while numbers:
+                dead = cluster.dead_machines()
+                parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
+                options["connected"] = cluster.connect(address)
+                for row in _run(units, job.planned, numbers, parts, pack_chars=pack_chars, **options):
                     job.take(row)
+                numbers = job.lost(numbers)
+                # What a lost machine has taken with it is done again. A pack that kills its worker is lost as a whole;
+                # alone, its good documents are built.
+                if numbers and not cluster.lost_machine_since(dead):
+                    numbers = [number for number in numbers if job.planned[number].chars <= pack_chars // 2]
+                    pack_chars = 0
     result = job.result(seconds=time.perf_counter() - began)
     if report is not None:
         write_rows(report, result.rows, BUILD_REPORT, storage_options=storage_options)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ OOM_RETRIES = 5
 without end, and a file that never fits would keep the job from finishing."""
 
 READER_CPUS = 0.5
+
+_NOTICE_S = 30.0  # by default Ray checks every 3 s, waits 10 s for an answer, and gives up after 5 failures
 
 _MEMORY_PER_WEIGHTS, _MEMORY_BESIDE = 1.5, 1 << 30
 
@@ -124,6 +127,25 @@ def connect(address: str | None = None) -> Cluster:
     machines, memory = len(alive), tuple(int(node["memory"]) for node in alive if "memory" in node)
     cores = min(cpus, os.cpu_count() or cpus) if machines == 1 else cpus
     return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), memory=memory)
+
+
+def dead_machines() -> frozenset[str]:
+    """Ids of the machines that the cluster has lost so far."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+
+
+def lost_machine_since(before: frozenset[str]) -> bool:
+    """Whether a machine has been lost since `dead_machines` gave `before`; asked where work came to nothing.
+
+    Calls to a machine that is gone fail at once, but Ray takes a while to notice that it is. So where there are
+    several, this waits for it.
+    """
+    deadline = time.monotonic() + (_NOTICE_S if len(ray.nodes()) - len(before) > 1 else 0)
+    while dead_machines() <= before:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _set_environment() -> None:

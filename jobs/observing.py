@@ -93,7 +93,7 @@ class Observer:
         phase, metrics = self._current()
         self._began = time.monotonic()
         try:
-            with showing(phase.name, phase.unit, rows, visible=self._visible) as self._progress:
+            with showing(phase.name, phase.unit, rows, visible=self._visible and rows > 0) as self._progress:
                 yield
         finally:
             phase.elapsed_s += time.monotonic() - self._began
