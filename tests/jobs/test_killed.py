@@ -155,14 +155,13 @@ from tests.jobs.processes import workers
 
 small = {"object_store_memory": 300 << 20, "include_dashboard": False, "temp_dir": sys.argv[3]}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5, **small})
-second = cluster.add_node(num_cpus=3, **small)
+second, third = (cluster.add_node(num_cpus=3, **small) for _ in range(2))
 ray.init(address=cluster.address, log_to_driver=False)
 
 from rabatch.config import GenerationSettings, Resources
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
 
-(raylet,) = [info.process.pid for info in second.all_processes["raylet"]]
 lost = {}
 
 def lose(node, name, actors, done):
@@ -177,11 +176,9 @@ def committed():
 
 watch = threading.Thread(target=lose, args=(second, "build", ("PrefillActor", "GraphActor"), committed))
 watch.start()
-resources = Resources(prefill_actors=2, graph_actors=2, answer_actors=2, questions_per_batch=1)
+resources = Resources(prefill_actors=2, graph_actors=2, answer_actors=3, questions_per_batch=1)
 built = build(sys.argv[1], store="index", progress=False, resources=resources)
 watch.join()
-third = cluster.add_node(num_cpus=3, **small)
-cluster.wait_for_nodes()
 pending = lambda: list(Path("answers/pending").glob("*.parquet"))
 watch = threading.Thread(target=lose, args=(third, "answer", ("AnswerActor",), pending))
 watch.start()
