@@ -150,6 +150,8 @@ class Observer:
         kind = phase.failures.add(reason, name)
         metrics.rows(phase, "failed")
         metrics.failed(phase, kind)
+        if self._progress is None and phase.unfinished:  # its worker died: known once all others are done
+            phase.unfinished -= 1
         self._advance(failed=True)
 
     def _current(self) -> tuple[Phase, Metrics]:

@@ -107,7 +107,7 @@ def test_the_observer_counts_what_the_result_says(watched):
     assert of_answers.n_tokens == sum(row["answer_tokens"] for row in ok)
     assert of_answers.latency.total == pytest.approx(sum(row["seconds"] for row in ok))
     assert of_answers.attended.mean == pytest.approx(answered.attended_share)
-    assert of_answers.recall.count > 100  # one per pass and layer
+    assert of_answers.recall.count >= 12  # one per pass and full layer
     assert 0.5 < of_answers.recall.mean <= 1
     assert sum(of_answers.failures.counts.values()) == 1
     assert (again.reused, of_rerun.counts) == (2, {"reused": 2, "failed": 1})
