@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from rabatch.report.run import Run
 from rabatch.report.statistics import Phase
-from rabatch.storage.answers import AnswerStore, latest
+from rabatch.storage.answers import AnswerStore, exported
 from rabatch.storage.catalog import entries
 from rabatch.storage.store import IndexStore
 
@@ -68,13 +68,10 @@ def _of_store(run: Run, store: IndexStore) -> Phase:
 
 def _of_answers(run: Run, answers: AnswerStore) -> Phase:
     phase = Phase("answer", "answers", "generated")
+    for table in exported(answers):
+        for row in table.select(_ANSWER_COLUMNS).to_pylist():
+            _answer(phase, row)
     runs = answers.runs()
-    newest = latest(answers, runs)
-    for made in runs:
-        for number, part in enumerate(made.parts):
-            for place, row in enumerate(answers.read(part, columns=_ANSWER_COLUMNS).to_pylist()):
-                if newest.is_latest(made.number, number, place, row["question_id"], row["document_id"]):
-                    _answer(phase, row)
     for made in runs[-_RUNS_SHOWN:]:
         about = {"committed": made.created_at, "seconds": round(made.seconds, 1), **made.counts, **made.settings}
         run.settings[f"run {made.number}"] = about
