@@ -227,7 +227,7 @@ from rabatch.jobs.build import build
 built = build(sys.argv[1], store="index", progress=False)
 answered = answer(sys.argv[2], store="index", output="answers", progress=False,
                   generation=GenerationSettings(max_new_tokens=8))
-spilled = re.search(r"Spilled (\\d+) MiB", memory_summary(stats_only=True))
+spilled = re.search(r"Spilled (\\d+) MiB", memory_summary(ray.get_runtime_context().gcs_address, stats_only=True))
 print(json.dumps([built.built, answered.answered, int(spilled[1]) if spilled else 0]))
 """
 
