@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray.data
-from tqdm import tqdm
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
 from rabatch.exporting import write_windows
@@ -29,6 +28,7 @@ from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
 from rabatch.jobs.asking import Asked
 from rabatch.jobs.catalog import Batch, Catalog, batches_of, chunks, join, read_entries
 from rabatch.jobs.messages import raise_fatal
+from rabatch.jobs.observing import Observer
 from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
 from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
@@ -56,6 +56,7 @@ def answer(
     definition_sha256: str | None = None,
     max_failed_rows: int | None = None,
     progress: bool = True,
+    observer: Observer | None = None,
 ) -> AnswerResult:
     """Ask every question of its document; one without a document of every document in the store.
 
@@ -77,7 +78,8 @@ def answer(
             By default all of the store.
         definition_sha256: What the run is said to be of. None: model, recipe and generation settings.
         max_failed_rows: Stop when more rows fail.
-        progress: A bar over questions on stderr.
+        progress: A bar over questions on stderr, or a line now and then where that is no terminal.
+        observer: Is told what becomes of each question. None: one of this call's own, with `progress`.
 
     Returns:
         Counts, and the rows in the order of the questions, then of the document ids. A question that cannot be answered
@@ -104,33 +106,45 @@ def answer(
     said: dict[str, Any] = {"recipe": recipe.to_dict(), "generation": generation.to_dict()}
     keys = AnswerKeys({**said, "context_template": settings.context_template})
     said["model"] = settings.to_dict()
-    job = _join(asked, index, settings, keys, recipe, fingerprint, documents, answers, max_failed_rows)
+    observer = observer or Observer(progress=progress)
+    about = {"model": settings, "recipe": recipe, "generation": generation, "resources of answering": resources}
+    observer.begin("answer", places={"questions": questions, "store": store, "answers": output}, settings=about)
+    failures = Failures("questions", max_failed_rows, observer.failed)
+    job = _join(asked, index, settings, keys, recipe, fingerprint, documents, answers, failures)
     reused = job.find_answered()
+    observer.known("reused", reused)
     batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
-    if batches:
-        gpus = cluster.gpus_per_actor(resources, settings.device)
-        memory = cluster.actor_memory(resources, weights_bytes(settings))
-        pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
-        actor = AnswerSettings(
-            model=settings,
-            store_url=index.url,
-            storage_options=options,
-            recipe=recipe,
-            generation=generation,
-            answers_url=None if answers is None else answers.url,
-            threads=resources.cpus_per_actor,
-            slots=resources.questions_per_batch,
-            memory_bytes=resources.memory_bytes,
-            sharing=math.ceil(pool.most / connected.machines),
-            sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
-            cache_dir=_cache_folder(resources.cache_dir),
-            cache_bytes=resources.cache_bytes,
-        )
-        n_questions = sum(len(batch.pairs) for batch in batches)
-        with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
+    gpus = cluster.gpus_per_actor(resources, settings.device)
+    memory = cluster.actor_memory(resources, weights_bytes(settings))
+    with observer.working(sum(len(batch.pairs) for batch in batches)):
+        while batches:
+            dead, connected = cluster.dead_machines(), cluster.connect(address)
+            pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
+            actor = AnswerSettings(
+                model=settings,
+                store_url=index.url,
+                storage_options=options,
+                recipe=recipe,
+                generation=generation,
+                answers_url=None if answers is None else answers.url,
+                threads=resources.cpus_per_actor,
+                slots=resources.questions_per_batch,
+                memory_bytes=resources.memory_bytes,
+                sharing=math.ceil(pool.most / connected.machines),
+                sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
+                cache_dir=_cache_folder(resources.cache_dir),
+                cache_bytes=resources.cache_bytes,
+                recall_share=resources.recall_share,
+            )
             for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory.reserved):
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
-                bar.update(job.take(batch, failed=failed, tally=tally, data=told["answers"]))
+                if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
+                    seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
+                    observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
+            lost = job.open_pairs()
+            batches = []
+            if lost and cluster.lost_machine_since(dead):  # what it has taken with it is asked again
+                batches = batches_of(job.pairs, lost, questions_per_batch=resources.questions_per_batch)
     for number in job.open_pairs():
         reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or "
         job.fail(number, reason + "smaller questions_per_batch, then run again")
@@ -168,13 +182,12 @@ def _join(
     fingerprint: str | None,
     documents: Mapping[str, str | None] | None,
     answers: AnswerStore | None,
-    max_failed_rows: int | None,
+    failures: Failures,
 ) -> Asked:
     damaged: list[str] = []
     indexes = read_entries(index, on_error=lambda path, error: damaged.append(path))
     which: dict[str, Any] = {"fingerprint": fingerprint, "damaged": damaged, "only": documents}
     pairs, refused = join(asked, Catalog(indexes, digest_of(model_fields(model)), recipe, **which), keys)
-    failures = Failures("questions", max_failed_rows)
     return Asked(asked, pairs, refused, keys=keys, recipe=recipe, model=model, store=answers, failures=failures)
 
 

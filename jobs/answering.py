@@ -7,6 +7,7 @@ calling.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from rabatch.attention.layer import ContextLayer
+from rabatch.attention.recall import RecallSampler
 from rabatch.available import automatic_budget
 from rabatch.config import GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
@@ -35,6 +37,9 @@ from rabatch.storage.store import IndexStore
 CALLS = 2
 """Calls of an actor at the same time: the one that decodes, and the one whose index is fetched meanwhile."""
 
+SEEN = ("seconds", "answer_tokens", "attended_share")
+"""What the driver's observer is told of each answer."""
+
 
 @dataclass(frozen=True)
 class AnswerSettings:
@@ -46,6 +51,7 @@ class AnswerSettings:
         memory_bytes: Of opened indexes that an actor holds. 0: `automatic_budget`.
         sharing, sharing_card: Actors on one machine, and on one card.
         cache_dir, cache_bytes: Of parts on the actor's machine, as of `Resources`.
+        recall_share: As of `Resources`.
     """
 
     model: ModelConfig
@@ -61,6 +67,7 @@ class AnswerSettings:
     sharing_card: int
     cache_dir: str | None = None
     cache_bytes: int | None = None
+    recall_share: float = 0.0
 
 
 class AnswerActor:
@@ -97,12 +104,14 @@ class AnswerActor:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for row in table.to_pylist():
             if self._loaded is None:
-                yield one_row({"name": "", "answers": b"", "failed": "", "tally": "", "fatal": self._fatal})
+                yield one_row({"fatal": self._fatal})
                 return
             index = Stored(*json.loads(row["index"]))
+            recall = RecallSampler(self._settings.recall_share) if self._settings.recall_share else None
             with self._turns.queue() as turn:
-                for batch, answers in self._answer(turn, self._loaded, index, json.loads(row["batches"])):
-                    yield one_row(self._keep(index, batch, answers))
+                for batch, answers in self._answer(turn, self._loaded, index, json.loads(row["batches"]), recall):
+                    samples = [] if recall is None else recall.take()
+                    yield one_row({**self._keep(index, batch, answers), "recall": json.dumps(samples)})
 
     def _keep(self, index: Stored, batch: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
         """Put a finished batch where it is safe; what the driver is told of it."""
@@ -120,11 +129,17 @@ class AnswerActor:
             except StoreError as error:
                 failed = [[place, f"its answer cannot be kept: {reason(error)}"] for place in range(len(rows))]
                 answers = []
-        tally = Tally.of(answers).to_json()
-        return {"name": batch["name"], "answers": data, "failed": json.dumps(failed), "tally": tally, "fatal": None}
+        seen = [[row[name] for name in SEEN] for row in answers if row["status"] == "ok"]
+        told = {"failed": json.dumps(failed), "tally": Tally.of(answers).to_json(), "seen": json.dumps(seen)}
+        return {"name": batch["name"], "answers": data, **told, "fatal": None}
 
     def _answer(
-        self, turn: Turn, loaded: LoadedModel, index: Stored, batches: list[dict[str, Any]]
+        self,
+        turn: Turn,
+        loaded: LoadedModel,
+        index: Stored,
+        batches: list[dict[str, Any]],
+        recall: RecallSampler | None,
     ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Each batch and its answers. As a question of one ends, the next of another begins."""
         settings = self._settings
@@ -147,8 +162,9 @@ class AnswerActor:
                 turn.wait()
                 context.load()
                 turn.settle()
+                asked = dataclasses.replace(context, recall=recall)
                 for question, row in answer_each(
-                    context, questions, settings.recipe, settings.generation, slots=settings.slots
+                    asked, questions, settings.recipe, settings.generation, slots=settings.slots
                 ):
                     number, place = places[question]
                     rows[number][place] = row

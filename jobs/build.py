@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from rabatch.config import BuildConfig, ModelConfig, Resources
 from rabatch.errors import StoreError
 from rabatch.fingerprint import index_fields
@@ -28,6 +26,7 @@ from rabatch.jobs import cluster
 from rabatch.jobs.catalog import Stored, read_entries
 from rabatch.jobs.indexing import GraphActor, StoreAddress
 from rabatch.jobs.messages import raise_fatal, reason
+from rabatch.jobs.observing import Observer
 from rabatch.jobs.output import check_report, write_rows
 from rabatch.jobs.plan import Planned, plan_documents, read_documents
 from rabatch.jobs.prefilling import PrefillActor
@@ -57,6 +56,7 @@ def build(
     max_failed_rows: int | None = None,
     progress: bool = True,
     report: str | None = None,
+    observer: Observer | None = None,
 ) -> BuildResult:
     """Index every document that is not indexed yet.
 
@@ -71,8 +71,9 @@ def build(
         storage_options: Of fsspec, for `documents` and `store`.
         limit: Only the first rows of the input.
         max_failed_rows: Stop when more rows fail.
-        progress: A bar over documents on stderr.
+        progress: A bar over documents on stderr, or a line now and then where that is no terminal.
         report: Where to write the result's rows: a path or URL that ends in ``.parquet`` or ``.jsonl``.
+        observer: Is told what becomes of each document. None: one of this call's own, with `progress`.
 
     Returns:
         One row per row of the input. A bad document is a row with status ``failed`` and the reason.
@@ -94,22 +95,28 @@ def build(
     index = IndexStore(store_url, create=True, storage_options=storage_options)
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
     fields = index_fields(settings, config)
-    failures = Failures("documents", max_failed_rows)
-    job = _Job(plan_documents(units, limit=limit), index, fields, settings, failures)
+    observer = observer or Observer(progress=progress)
+    about = {"model": settings, "build": config, "resources of the build": resources}
+    observer.begin("build", places={"documents": documents, "store": store}, settings=about)
+    failures = Failures("documents", max_failed_rows, observer.failed)
+    job = _Job(plan_documents(units, limit=limit), index, fields, settings, failures, observer)
     numbers = job.skip_committed()
     if numbers:
         pack_chars = _PACKED_CHARS_PER_TOKEN * config.prefill_chunk_tokens
-        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources, "connected": connected}
-        address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
-        with tqdm(total=len(numbers), desc="build", unit="doc", file=sys.stderr, disable=not progress) as bar:
-            for row in _run(units, job.planned, numbers, address_of_parts, pack_chars=pack_chars, **options):
-                bar.update(job.take(row))
-            # A pack that kills its worker is lost as a whole; alone, its good documents are built.
-            lost = [number for number in job.lost(numbers) if job.planned[number].chars <= pack_chars // 2]
-            if lost:
-                address_of_parts = dataclasses.replace(address_of_parts, attempt=index.new_attempt())
-                for row in _run(units, job.planned, lost, address_of_parts, pack_chars=0, **options):
-                    bar.update(job.take(row))
+        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources}
+        with observer.working(len(numbers)):
+            while numbers:
+                dead = cluster.dead_machines()
+                parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
+                options["connected"] = cluster.connect(address)
+                for row in _run(units, job.planned, numbers, parts, pack_chars=pack_chars, **options):
+                    job.take(row)
+                numbers = job.lost(numbers)
+                # What a lost machine has taken with it is done again. A pack that kills its worker is lost as a whole;
+                # alone, its good documents are built.
+                if numbers and not cluster.lost_machine_since(dead):
+                    numbers = [number for number in numbers if job.planned[number].chars <= pack_chars // 2]
+                    pack_chars = 0
     result = job.result(seconds=time.perf_counter() - began)
     if report is not None:
         write_rows(report, result.rows, BUILD_REPORT, storage_options=storage_options)
@@ -173,6 +180,7 @@ class _Job:
         fields: dict[str, Any],
         model: ModelConfig,
         failures: Failures,
+        observer: Observer,
     ) -> None:
         self.planned = planned
         self.fingerprint = fingerprint_of(fields)
@@ -182,6 +190,7 @@ class _Job:
         self._open: dict[int, _Open] = {}
         self._reports: dict[int, dict[str, Any]] = {}
         self._failures = failures
+        self._observer = observer
 
     def skip_committed(self) -> list[int]:
         """Report faulty and already indexed documents; the numbers of the others."""
@@ -203,6 +212,7 @@ class _Job:
             else:
                 if newest[row.document_id] is not index_known:
                     self._renew(index_known)
+                self._observer.known("skipped")
                 self._report(number, "skipped", tokens=index_known.context_tokens, nbytes=index_known.stored_bytes)
         return numbers
 
@@ -215,31 +225,30 @@ class _Job:
         manifest = dataclasses.replace(manifest, created_at=utc_now())
         self._store.folder.write(manifest.path, manifest.to_json().encode())
 
-    def take(self, row: dict[str, Any]) -> int:
-        """Enter what the actors report of a part; how many documents that finishes."""
+    def take(self, row: dict[str, Any]) -> None:
+        """Enter what the actors report of a part."""
         number = row["number"]
         if row["fatal"] is not None:
             raise_fatal(row["fatal"])
         if number in self._reports:
-            return 0
+            return
         if row["error"] is not None:
             self._open.pop(number, None)
             self._report(number, "failed", error=row["error"])
-            return 1
+            return
         document = self._open.setdefault(number, _Open())
         part = Part(**json.loads(row["part"]))
         if (part.kind, part.layer, part.head_start) in document.parts:
-            return 0  # a dead actor's work, done twice
+            return  # a dead actor's work, done twice
         document.parts[part.kind, part.layer, part.head_start] = part
         document.graph_s += row["graph_s"]
         document.write_s += row["write_s"]
         if "metadata" in row:
             document.row = row
         if len(document.parts) < row["n_units"]:
-            return 0
+            return
         del self._open[number]
         self._commit(number, document)
-        return 1
 
     def _commit(self, number: int, document: _Open) -> None:
         row = document.row
@@ -264,6 +273,8 @@ class _Job:
         else:
             tokens, nbytes = manifest.context_tokens, manifest.stored_bytes
             self._report(number, "built", tokens=tokens, nbytes=nbytes, seconds=seconds)
+            work = {name.removesuffix("_s"): spent for name, spent in seconds.items()}
+            self._observer.built(tokens=tokens, stored_bytes=nbytes, seconds=work, fingerprint=self.fingerprint)
 
     def _report(
         self,

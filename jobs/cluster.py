@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,13 @@ TASK_RETRIES = 3
 """How often the work of a dead actor is tried again. Not without end: a document that kills its actor always would
 otherwise keep the job from finishing."""
 
+OOM_RETRIES = 5
+"""How often a task is tried again that Ray's memory monitor has killed; it waits longer each time. Ray's own default is
+without end, and a file that never fits would keep the job from finishing."""
+
 READER_CPUS = 0.5
+
+_NOTICE_S = 30.0  # by default Ray checks every 3 s, waits 10 s for an answer, and gives up after 5 failures
 
 _MEMORY_PER_WEIGHTS, _MEMORY_BESIDE = 1.5, 1 << 30
 
@@ -92,7 +99,7 @@ def connect(address: str | None = None) -> Cluster:
     Raises:
         ConfigError: the address does not answer.
     """
-    _quiet()
+    _set_environment()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     root = checkout_root()
     if not ray.is_initialized():
@@ -122,9 +129,29 @@ def connect(address: str | None = None) -> Cluster:
     return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), memory=memory)
 
 
-def _quiet() -> None:
+def dead_machines() -> frozenset[str]:
+    """Ids of the machines that the cluster has lost so far."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+
+
+def lost_machine_since(before: frozenset[str]) -> bool:
+    """Whether a machine has been lost since `dead_machines` gave `before`; asked where work came to nothing.
+
+    Calls to a machine that is gone fail at once, but Ray takes a while to notice that it is. So where there are
+    several, this waits for it.
+    """
+    deadline = time.monotonic() + (_NOTICE_S if len(ray.nodes()) - len(before) > 1 else 0)
+    while dead_machines() <= before:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _set_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(OOM_RETRIES))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its C++ side writes to the terminal
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -30,8 +30,17 @@ def write_rows(
         ConfigError: the suffix is neither ``.parquet`` nor ``.jsonl``.
         StoreError: it cannot be written.
     """
-    folder, _, name = worker_url(url, "report").rpartition("/")
-    Folder(folder, **(storage_options or {})).write(name, check_report(url)(rows, schema))
+    write_bytes(url, check_report(url)(rows, schema), field="report", storage_options=storage_options)
+
+
+def write_bytes(url: str, data: bytes, *, field: str, storage_options: dict[str, Any] | None = None) -> None:
+    """Write one file; `field` is the setting that named it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    folder, _, name = worker_url(url, field).rpartition("/")
+    Folder(folder, **(storage_options or {})).write(name, data)
 
 
 def check_report(url: str) -> Any:

@@ -80,10 +80,12 @@ class Failures:
     Args:
         what: ``documents`` or ``questions``.
         limit: How many may fail; None: all.
+        told: Is called with the name and the reason of each.
     """
 
     what: str
     limit: int | None = None
+    told: Callable[[str, str], None] | None = None
     count: int = 0
     first: list[str] = field(default_factory=list)
 
@@ -94,6 +96,8 @@ class Failures:
             FailedRowsError: It is one too many.
         """
         self.count += 1
+        if self.told is not None:
+            self.told(name, reason)
         if len(self.first) < FAILURES_SHOWN:
             self.first.append(failure(name, reason))
         if self.limit is not None and self.count > self.limit:

@@ -16,6 +16,7 @@ from typing import Any
 from rabatch.jobs import cluster
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.jobs.observing import Observer
 from rabatch.jobs.results import AnswerResult, BuildResult
 from rabatch.jobs.sources import JSONL, PARQUET, list_units
 from rabatch.pipeline import Pipeline
@@ -60,7 +61,9 @@ class RunResult:
         return [*self.build.summary(), *self.answers.summary(), f"{stored}; in all {self.seconds:.1f} s"]
 
 
-def run(pipeline: Pipeline, *, address: str | None = None, progress: bool = True) -> RunResult:
+def run(
+    pipeline: Pipeline, *, address: str | None = None, progress: bool = True, observer: Observer | None = None
+) -> RunResult:
     """Build the pipeline's new and changed documents, ask what has no answer yet, and commit the answers as one run.
 
     A question without a document is asked of every document of the pipeline. A document that could not be built is not
@@ -68,7 +71,8 @@ def run(pipeline: Pipeline, *, address: str | None = None, progress: bool = True
 
     Args:
         address: Of a Ray cluster. None: an embedded Ray.
-        progress: Bars on stderr.
+        progress: Bars on stderr, or lines now and then where that is no terminal.
+        observer: Is told what becomes of each document and question. None: one of this call's own, with `progress`.
 
     Raises:
         FailedRowsError: More than `max_failed_rows` documents or questions failed. What is committed stays.
@@ -88,7 +92,7 @@ def run(pipeline: Pipeline, *, address: str | None = None, progress: bool = True
         "address": address,
         "storage_options": options,
         "max_failed_rows": pipeline.max_failed_rows,
-        "progress": progress,
+        "observer": observer or Observer(progress=progress),
     }
     built = build(pipeline.documents, config=pipeline.build, **shared)
     answered = answer(

@@ -125,6 +125,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
+def add_observing(parser: argparse.ArgumentParser) -> None:
+    """`--no-progress` and `--report-html`."""
+    parser.add_argument("--no-progress", action="store_true", help="no progress on stderr")
+    parser.add_argument("--report-html", metavar="FILE", help="write a report with plots to this .html file")
+
+
 def add_store(parser: argparse.ArgumentParser, *, default: str = "") -> None:
     """`--store` and how to reach it. It must be given unless there is a `default`, which the help names."""
     text = "index store: a path or any fsspec URL" + (f" ({default})" if default else "")
@@ -143,6 +149,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """The options of `rabatch run`."""
     parser.add_argument("pipeline", help="the definition: a .yaml file, a path or fsspec URL")
     parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    add_observing(parser)
     add_common(parser)
 
 
@@ -176,6 +183,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
     )
+    add_observing(parser)
     add_common(parser)
 
 
@@ -227,6 +235,9 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
+    text = "share of the searches whose recall is measured for reports and metrics"
+    _number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
+    add_observing(parser)
     add_common(parser)
 
 
@@ -341,7 +352,13 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
         "resources": _resources(
-            arguments, "answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes"
+            arguments,
+            "answer_actors",
+            "questions_per_batch",
+            "memory_bytes",
+            "cache_dir",
+            "cache_bytes",
+            "recall_share",
         ),
         **_shared_settings(arguments),
     }

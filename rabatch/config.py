@@ -290,6 +290,8 @@ class Resources(_Checked):
         cache_dir: Folder on each machine where parts of a store elsewhere are kept for all of its answer actors. None:
             ``~/.cache/rabatch/parts``.
         cache_bytes: Of all parts in it together. None: a quarter of what its disk has free; 0: no cache.
+        recall_share: Share of the searches of answering of which recall is measured, for reports and metrics; it
+            changes no answer. Each reads all keys of one KV head and layer.
     """
 
     prefill_actors: int | tuple[int, int] = 0
@@ -302,8 +304,12 @@ class Resources(_Checked):
     memory_bytes: int = 0
     cache_dir: str | None = None
     cache_bytes: int | None = None
+    recall_share: float = 0.0
 
     def __post_init__(self) -> None:
+        self._at_least(0, "recall_share")
+        if self.recall_share > 1:
+            raise ConfigError("recall_share", self.recall_share, "must be in [0, 1]")
         for name in ("prefill_actors", "graph_actors", "answer_actors"):
             object.__setattr__(self, name, _pool(name, getattr(self, name)))
         for name in ("memory_bytes", "actor_memory_bytes"):

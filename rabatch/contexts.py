@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rabatch.attention.layer import ContextLayer
+from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreError
@@ -39,6 +40,7 @@ class OpenContext:
     Attributes:
         layers: One per layer, in memory or loaded when asked for; answering never changes them.
         token_ids: int64 [context_tokens], on the CPU.
+        recall: Looks at some of the searches.
     """
 
     manifest: Manifest
@@ -46,6 +48,7 @@ class OpenContext:
     layers: Layers
     token_ids: Tensor
     tokens: TokensBlock
+    recall: RecallSampler | None = None
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.overlay import Overlays
+from rabatch.attention.recall import RecallSampler
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.sets import Found, attend_sets
 from rabatch.attention.shared import attend_all
@@ -48,6 +49,7 @@ class QuestionAttention:
         slots: Questions under way at the same time, at most.
         recipe: What generated and question tokens attend.
         device: Of the model.
+        recall: Looks at some of the searches.
 
     Attributes:
         compiled: Whether compiled kernels attend: on the CPU. Elsewhere torch does, with the same output; where
@@ -62,8 +64,10 @@ class QuestionAttention:
         slots: int,
         recipe: Recipe,
         device: torch.device | str = "cpu",
+        recall: RecallSampler | None = None,
     ) -> None:
         self.layers = layers
+        self.recall = recall
         self.context_tokens = context_tokens
         self.recipe = recipe
         device = torch.device(device)
@@ -173,7 +177,10 @@ class QuestionAttention:
         real = real[:, None].expand(batch, group, q_tokens).reshape(-1)
 
         def find() -> Found:
-            some = layer.find(host[:, real].numpy(), self.recipe.method)
+            rows = host[:, real].numpy()
+            some = layer.find(rows, self.recipe.method)
+            if self.recall is not None:
+                self.recall.look(layer, rows, some.ids)
             if bool(real.all()):
                 found = some
             else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from answer_samples import files
 
 from rabatch.config import GenerationSettings, Resources
 from rabatch.errors import SourceError, StoreError

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from rabatch.records import BUILD_REPORT
 from rabatch.storage.store import IndexStore
 from rabatch.storage.summaries import digest_of
 from rabatch.storage.verify import verify
+from tests.jobs.processes import killer
 
 ROOT = Path(__file__).parents[2]
 SMALL = BuildConfig(sink_tokens=16, window_tokens=64)
@@ -161,27 +160,6 @@ def test_a_changed_text_is_indexed_again_and_the_newest_answers(demo_store, tmp_
     assert problems(store) == []
 
 
-def workers(pid, name):
-    """Processes of Ray workers named `name` that descend from `pid`."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        try:
-            stat, line = (entry / "stat").read_text(), (entry / "cmdline").read_text()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if entry.name.isdigit():
-            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-            if name in line and "__init__" not in line:
-                found.append(int(entry.name))
-
-    def descends(child):
-        while child > 1 and child != pid:
-            child = parents.get(child, 0)
-        return child == pid
-
-    return [worker for worker in found if descends(worker)]
-
-
 @pytest.mark.slow
 def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=6, tokens=4000, n_questions=1)
@@ -218,30 +196,10 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path):
     assert problems(store) == []
 
 
-@contextlib.contextmanager
-def killer(limit):
-    """Kills prefill workers at work, `limit` of them; yields the list of the killed."""
-    killed: list[int] = []
-    stop = threading.Event()
-
-    def watch():
-        while len(killed) < limit and not stop.is_set():
-            for pid in workers(os.getpid(), "MapWorker(MapBatches(PrefillActor)).submit"):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield killed
-    stop.set()
-    thread.join()
-
-
 @pytest.mark.slow
 def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=3, tokens=4000, n_questions=1)
-    with killer(limit=1) as killed:
+    with killer("PrefillActor", limit=1) as killed:
         result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
     assert len(killed) == 1
     assert (result.built, result.failed) == (3, 0)
@@ -251,7 +209,7 @@ def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
 @pytest.mark.slow
 def test_a_document_that_always_kills_its_actor_fails_alone(local_ray, tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=1, tokens=4000, n_questions=1)
-    with killer(limit=100) as killed:
+    with killer("PrefillActor", limit=100) as killed:
         result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
     assert len(killed) >= 4
     assert (result.built, result.failed) == (0, 1)
