@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 from rabatch.config import (
+    CODECS,
     DTYPES,
     INDEX_KINDS,
     METHODS,
@@ -149,6 +150,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    for of in ("key", "value"):
+        what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
+        group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -263,6 +267,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
+        key_codec=arguments.key_codec,
+        value_codec=arguments.value_codec,
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")

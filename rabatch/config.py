@@ -14,6 +14,9 @@ METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "a
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
 INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
 
+Codec = Literal["none", "int8", "int4", "kivi2"]
+CODECS: tuple[Codec, ...] = ("none", "int8", "int4", "kivi2")
+
 
 class _Checked:
     """`to_dict`, `from_dict` that rejects unknown fields, and small range checks."""
@@ -114,6 +117,9 @@ class BuildConfig(_Checked):
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
+        key_codec, value_codec: How keys and values of the index are encoded, the static set left as it is: ``"none"``,
+            ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in groups of 32, KIVI's: keys of one
+            channel, values of one token).
     """
 
     sink_tokens: int = 128
@@ -126,6 +132,8 @@ class BuildConfig(_Checked):
     zone_tokens: int = 64
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
+    key_codec: Codec = "none"
+    value_codec: Codec = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
@@ -134,6 +142,8 @@ class BuildConfig(_Checked):
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", INDEX_KINDS)
         self._one_of("kv_dtype", ("auto", *DTYPES))
+        self._one_of("key_codec", CODECS)
+        self._one_of("value_codec", CODECS)
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
 
@@ -145,6 +155,9 @@ class BuildConfig(_Checked):
         """The fields that change stored numbers."""
         fields = self.to_dict()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
+        for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
+            if fields[name] == "none":
+                del fields[name]
         if not self.builds("graph"):
             del fields["graph"]
         if self.index == "none":

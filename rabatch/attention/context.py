@@ -14,7 +14,7 @@ from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.overlay import Overlays
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.sets import Found, attend_sets
-from rabatch.attention.shared import attend_all
+from rabatch.attention.shared import attend_sets_whole
 from rabatch.attention.step import attend_compiled
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
@@ -154,7 +154,7 @@ class QuestionAttention:
                 shape = (n_kv, len(real), some.ids.shape[2])
                 found = Found(torch.full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64))
                 found.scores[:, real], found.ids[:, real] = some
-            n_keys = layer.values.shape[1]
+            n_keys = layer.shape[1]
             found = self.overlays.join(call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys)
             return Found(*(t.to(queries.device) for t in found))
 
@@ -162,7 +162,7 @@ class QuestionAttention:
             queries,
             layer.static,
             find,
-            layer.values,
+            layer.values if layer.value_codes is None else layer.value_codes,
             tail,
             self.overlays.begins[self._slots],
             self.tails.places,
@@ -212,13 +212,15 @@ class QuestionAttention:
         """Every key of the context."""
         scaling, softcap = call.scaling, call.softcap
         best = None
-        if self.compiled and layer.keys.shape[1]:
-            partial, *best = attend_all(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
+        n_keys, keys = layer.shape[1], layer.keys
+        if self.compiled and n_keys:
+            partial, *best = attend_sets_whole(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
         else:
-            partial = dense_partial(rows, layer.keys, layer.values, scaling=scaling, softcap=softcap)
+            keys, values = layer.whole()
+            partial = dense_partial(rows, keys, values, scaling=scaling, softcap=softcap)
         counts = self.tails.counts.cpu().numpy()
-        self._count(counts * layer.keys.shape[1], counts.astype(np.float64))
-        self._observe(call, rows, layer.keys, best, merge([tail, partial]).lse)
+        self._count(counts * n_keys, counts.astype(np.float64))
+        self._observe(call, rows, keys, best, merge([tail, partial]).lse)
         return partial
 
     def _count(self, keys: np.ndarray, share: np.ndarray) -> None:
