@@ -162,19 +162,19 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         if not holds:
             raise error(f"{name}: {where}", value, fix)
 
-    rows = len(block.positions) if block.positions.ndim == 1 else -1
     shape = tuple(block.keys.shape)
     rule(len(shape) == 3 and 0 not in (shape[0], shape[2]), "keys", shape, "must be [n_heads, rows, head_dim]")
+    rows = shape[1] + (0 if block.key_codes is None else block.index_rows)
+    rule(block.positions.shape == (rows,), "positions", block.positions.shape, f"must be [{rows}]")
     shape = (shape[0], rows, shape[2])
-    for name, states, coded in (("keys", block.keys, block.key_codes), ("values", block.values, block.value_codes)):
+    for what, states, coded in (("keys", block.keys, block.key_codes), ("values", block.values, block.value_codes)):
         wanted = shape if coded is None else (shape[0], rows - block.index_rows, shape[2])
-        rule(tuple(states.shape) == wanted, name, tuple(states.shape), f"must be {list(wanted)}")
+        rule(tuple(states.shape) == wanted, what, tuple(states.shape), f"must be {list(wanted)}")
         if coded is not None:
-            rule(f"{coded.of}s" == name, f"{coded.of}_codec", coded.codec, f"are no codes of {name}")
+            rule(f"{coded.of}s" == what, f"{coded.of}_codec", coded.codec, f"are no codes of {what}")
             check_coded(coded, n_heads=shape[0], index_rows=block.index_rows, head_dim=shape[2], rule=rule)
     dtypes = (block.keys.dtype, block.values.dtype)
     rule(dtypes[0] in DTYPE_NAMES and dtypes[0] == dtypes[1], "dtype", dtypes, f"must be one of {list(TORCH_DTYPES)}")
-    rule(rows >= 0, "positions", block.positions.shape, "must be [rows]")
     rule(block.layer >= 0 and block.head_start >= 0, "layer", (block.layer, block.head_start), "must be >= 0")
     rule(
         block.index_start >= 0 and block.index_start + block.index_rows <= shape[1],

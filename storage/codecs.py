@@ -100,7 +100,7 @@ def encode(states: NDArray[np.float32], codec: str, of: Of) -> Coded:
         KeysError: A number is not finite, or beyond 1e18.
     """
     n_heads, rows, dim = states.shape
-    widest = max((max(float(x.max()), -float(x.min())) for x in states if x.size), default=0.0)
+    widest = float(np.abs(states).max(initial=0.0))
     if not widest < _MAX:  # NaN is not less
         raise KeysError(f"{of}s", widest, f"must be below {_MAX:.0e} for the codec {codec}")
     codes = np.empty((n_heads, rows, code_width(codec, of, dim)), np.uint8)
@@ -149,7 +149,7 @@ def value_groups(codes: NDArray[np.uint8], dim: int, bits: int) -> tuple[NDArray
     """Steps and zeros of values in groups, [..., code_width] -> [..., groups]; they follow the codes."""
     width, groups = -(-dim * bits // 8), -(-dim // GROUP)
     halves = codes[..., width + groups :]
-    zero = np.stack([halves & 15, halves >> 4], axis=-1).reshape(*codes.shape[:-1], -1)[..., :groups]
+    zero = np.stack([halves & 15, halves >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * halves.shape[-1])[..., :groups]
     return STEPS[codes[..., width : width + groups]], zero.astype(np.float32)
 
 

@@ -79,7 +79,6 @@ def _unpack(packed, width, n_ids, low_bits, ids):  # type: ignore[no-untyped-def
     for row in range(ids.shape[0]):
         base = row * width
         j, before = 0, np.int64(-1)
-        at = start
         word, left = np.int64(0), 0
         for at in range(start, stop):
             if left == 0:

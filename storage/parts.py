@@ -198,8 +198,8 @@ def _decode_layer(
         layer=meta["layer"],
         head_start=heads.start,
         positions=positions,
-        keys=torch.from_numpy(arrays["key"]).view(dtype),
-        values=torch.from_numpy(arrays["value"]).view(dtype),
+        keys=_tensor(arrays["key"], dtype),
+        values=_tensor(arrays["value"], dtype),
         neighbors=arrays["neighbors"] if layout.graph else None,
         entries=entries,
         scan=scan,
@@ -211,6 +211,13 @@ def _decode_layer(
     )
     check_layer(block, IntegrityError, name)
     return block
+
+
+def _tensor(array: NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+    """Bytes [n_heads, rows, width] as numbers."""
+    if not array.size:  # torch has no view of nothing
+        return torch.empty((*array.shape[:2], array.shape[2] // dtype.itemsize), dtype=dtype)
+    return torch.from_numpy(array).view(dtype)
 
 
 def _arrays(layout: Layout, n_heads: int, rows: int) -> dict[str, NDArray[Any]]:
