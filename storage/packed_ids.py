@@ -6,9 +6,18 @@ unary: bit `(id >> low_bits) + place` is set. 32 links of 8K keys take 40 bytes,
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+_WORD = 8  # bytes read or written at once, past the end of a row too
+_WORD_BITS = 56  # of those are a row's from any bit on
+_I64 = ir.IntType(64)
 
 
 def low_bits_of(n_ids: int, per_row: int) -> int:
@@ -36,9 +45,10 @@ def ascending(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 def pack(ids: NDArray[np.int32], n_ids: int) -> NDArray[np.uint8]:
     """Rows of ascending ids, [rows, per_row] int32 in [-1, n_ids), as [rows, packed_width] bytes."""
     rows, per_row = ids.shape
-    packed = np.zeros((rows, packed_width(n_ids, per_row)), np.uint8)
-    _pack(np.ascontiguousarray(ids), n_ids, low_bits_of(n_ids, per_row), packed)
-    return packed
+    width = packed_width(n_ids, per_row)
+    padded = np.zeros(rows * width + _WORD, np.uint8)
+    _pack(np.ascontiguousarray(ids), n_ids, low_bits_of(n_ids, per_row), width, padded)
+    return padded[: rows * width].reshape(rows, width)
 
 
 def unpack(packed: NDArray[np.uint8], n_ids: int, per_row: int) -> NDArray[np.int32]:
@@ -48,26 +58,58 @@ def unpack(packed: NDArray[np.uint8], n_ids: int, per_row: int) -> NDArray[np.in
         ValueError: A row holds another number of ids, one out of range, or is not ascending.
     """
     ids = np.empty((len(packed), per_row), np.int32)
-    padded = np.zeros((len(packed) + 1) * packed.shape[1] + 16, np.uint8)  # words are read past the end
-    padded[: packed.size] = packed.reshape(-1)
+    padded = np.empty(packed.size + _WORD, np.uint8)
+    padded[: packed.size], padded[packed.size :] = packed.reshape(-1), 0
     wrong = _unpack(padded, packed.shape[1], n_ids, low_bits_of(n_ids, per_row), ids)
     if wrong >= 0:
         raise ValueError(f"neighbors of row {wrong} of the index are no {per_row} ascending ids in [0, {n_ids}]")
     return ids
 
 
+@intrinsic  # type: ignore[misc]
+def _word(typing_context, array, at):  # type: ignore[no-untyped-def]
+    """The 8 bytes from `at` on, of an array of bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.bitcast(builder.gep(data, [arguments[1]]), _I64.as_pointer()), align=1)
+
+    return types.uint64(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _set_bits(typing_context, array, at, bits):  # type: ignore[no-untyped-def]
+    """Set bits of the 8 bytes from `at` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), _I64.as_pointer())
+        builder.store(builder.or_(builder.load(place, align=1), arguments[2]), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.uint64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _lowest_bit(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The place of the lowest bit that is set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
 @numba.njit(nogil=True, cache=True)  # type: ignore[misc]
-def _pack(ids, n_ids, low_bits, packed):  # type: ignore[no-untyped-def]
+def _pack(ids, n_ids, low_bits, width, packed):  # type: ignore[no-untyped-def]
+    mask = (np.int64(1) << low_bits) - 1
     for row in range(ids.shape[0]):
-        start = ids.shape[1] * low_bits
+        base, start = row * width, ids.shape[1] * low_bits
         for j in range(ids.shape[1]):
-            number = ids[row, j] if ids[row, j] >= 0 else n_ids
-            for b in range(low_bits):
-                if (number >> b) & 1:
-                    at = j * low_bits + b
-                    packed[row, at >> 3] |= np.uint8(1 << (at & 7))
-            at = start + (number >> low_bits) + j
-            packed[row, at >> 3] |= np.uint8(1 << (at & 7))
+            number = np.int64(ids[row, j]) if ids[row, j] >= 0 else np.int64(n_ids)
+            at, upper = j * low_bits, start + (number >> low_bits) + j
+            _set_bits(packed, base + (at >> 3), np.uint64((number & mask) << (at & 7)))
+            _set_bits(packed, base + (upper >> 3), np.uint64(np.int64(1) << (upper & 7)))
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[misc]
@@ -76,28 +118,25 @@ def _unpack(packed, width, n_ids, low_bits, ids):  # type: ignore[no-untyped-def
     per_row = ids.shape[1]
     mask = (np.int64(1) << low_bits) - 1
     start, stop = per_row * low_bits, per_row * low_bits + per_row + (n_ids >> low_bits)
+    one = np.uint64(1)
     for row in range(ids.shape[0]):
-        base = row * width
-        j, before = 0, np.int64(-1)
-        word, left = np.int64(0), 0
-        for at in range(start, stop):
-            if left == 0:
-                word, left = np.int64(packed[base + (at >> 3)]) >> (at & 7), 8 - (at & 7)
-            if word & 1:
+        base, j, before, at = row * width, 0, np.int64(-1), start
+        while at < stop:
+            taken = min(stop - at, _WORD_BITS)
+            bits = (_word(packed, base + (at >> 3)) >> np.uint64(at & 7)) & ((one << np.uint64(taken)) - one)
+            while bits != 0:
                 if j == per_row:
                     return row
                 first = j * low_bits
-                low = np.int64(0)
-                for byte in range(5):
-                    low |= np.int64(packed[base + (first >> 3) + byte]) << (8 * byte)
-                number = ((at - start - j) << low_bits) | ((low >> (first & 7)) & mask)
+                low = np.int64(_word(packed, base + (first >> 3)) >> np.uint64(first & 7)) & mask
+                number = ((at + _lowest_bit(bits) - start - j) << low_bits) | low
                 if number > n_ids or number < before:
                     return row
                 before = number
                 ids[row, j] = number if number < n_ids else -1
+                bits &= bits - one
                 j += 1
-            word >>= 1
-            left -= 1
+            at += taken
         if j != per_row:
             return row
     return -1
