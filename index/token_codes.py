@@ -49,7 +49,7 @@ def numbers(codes: TokenCodes, head: int, key: int) -> np.ndarray:
 
 @compiled
 def add_token(out, out_at, row, dim, bits, weight):  # type: ignore[no-untyped-def]
-    """Add `weight` times `y` of one row to out[out_at : out_at + dim], in pieces that lie within a group and a plane."""
+    """Add `weight` times `y` of one row to out[out_at : out_at + dim], in pieces within a group and a plane."""
     width, groups = (dim * bits + 7) // 8, (dim + GROUP - 1) // GROUP
     mask = np.int32((1 << bits) - 1)
     unit = np.float32(mask) / np.float32(15)
@@ -67,7 +67,7 @@ def add_token(out, out_at, row, dim, bits, weight):  # type: ignore[no-untyped-d
 
 
 def _is_token_codes(kind: types.Type) -> bool:
-    return isinstance(kind, types.BaseNamedTuple) and kind.instance_class is TokenCodes
+    return isinstance(kind, types.BaseNamedTuple) and getattr(kind, "instance_class", None) is TokenCodes
 
 
 @overload(add_scaled, jit_options={"fastmath": FAST})  # type: ignore[misc]

@@ -121,9 +121,8 @@ def zone_sums(
     sums = []
     for states, first in zip((keys, values), first_rows, strict=True):
         summed = np.zeros((n_heads, n_zones, sizes(states)[1]), np.float32)
-        codes = isinstance(states, TokenCodes)
-        held = states._replace(codes=read_only(states.codes)) if codes else read_only(states)  # type: ignore[union-attr, arg-type]
-        rest = held, of_key, half, first, summed
+        given = states._replace(codes=read_only(states.codes)) if isinstance(states, TokenCodes) else read_only(states)
+        rest = given, of_key, half, first, summed
         run_ranges(lambda start, stop, rest=rest: _add_heads(start, stop, *rest), n_heads, threads=threads)  # type: ignore[misc]
         sums.append(summed)
     for head, of_head in enumerate(zones):

@@ -118,8 +118,8 @@ class BuildConfig(_Checked):
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
         key_codec, value_codec: How keys and values of the index are encoded, the static set left as it is: ``"none"``,
-            ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in groups of 32, KIVI's: keys of one
-            channel, values of one token).
+            ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in KIVI's groups of 32: keys of
+            one channel, values of one token).
     """
 
     sink_tokens: int = 128

@@ -123,7 +123,7 @@ class LayerBlock:
         return (
             mine == theirs
             and all(
-                b is None if a is None else b is not None and a.equals(b)
+                (a is None) == (b is None) and (a is None or a.equals(b))  # type: ignore[arg-type]
                 for a, b in (
                     (self.scan, other.scan),
                     (self.key_codes, other.key_codes),
@@ -168,8 +168,8 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
     rule(block.positions.shape == (rows,), "positions", block.positions.shape, f"must be [{rows}]")
     shape = (shape[0], rows, shape[2])
     for what, states, coded in (("keys", block.keys, block.key_codes), ("values", block.values, block.value_codes)):
-        wanted = shape if coded is None else (shape[0], rows - block.index_rows, shape[2])
-        rule(tuple(states.shape) == wanted, what, tuple(states.shape), f"must be {list(wanted)}")
+        plain = shape if coded is None else (shape[0], rows - block.index_rows, shape[2])
+        rule(tuple(states.shape) == plain, what, tuple(states.shape), f"must be {list(plain)}")
         if coded is not None:
             rule(f"{coded.of}s" == what, f"{coded.of}_codec", coded.codec, f"are no codes of {what}")
             check_coded(coded, n_heads=shape[0], index_rows=block.index_rows, head_dim=shape[2], rule=rule)

@@ -125,7 +125,8 @@ def decode(coded: Coded) -> NDArray[np.float32]:
     if coded.codec == "int8":
         y = coded.codes.view(np.int8).astype(np.float32)
     elif coded.of == "key":
-        step, low = STEPS[coded.groups[..., :dim]], coded.groups[..., dim:].view(np.int8) / np.float32(127)
+        step = STEPS[coded.groups[..., :dim]]
+        low = coded.groups[..., dim:].view(np.int8).astype(np.float32) / np.float32(127)
         of_row = np.arange(rows) // GROUP
         y = step[:, of_row] * unpacked(coded.codes, dim, bits) + low[:, of_row]
     else:
@@ -246,7 +247,8 @@ def _grouped_values(
     zero = np.clip(np.rint(np.divide(-low * (15 / top), step, out=np.zeros_like(step), where=step > 0)), 0, 15)
     codes = _rounded(y, step[..., None], (zero * np.float32(top / 15))[..., None], top).reshape(rows, -1)[:, :dim]
     halves = np.pad(zero.astype(np.uint8), ((0, 0), (0, zero.shape[1] % 2)))
-    return np.concatenate([_packed(codes, bits), step_code, halves[:, ::2] | halves[:, 1::2] << 4], axis=1), scale, center
+    held = _packed(codes, bits), step_code, halves[:, ::2] | halves[:, 1::2] << 4
+    return np.concatenate(held, axis=1), scale, center
 
 
 def _step_code(wanted: NDArray[np.float32]) -> NDArray[np.uint8]:

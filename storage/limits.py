@@ -15,12 +15,10 @@ TOKEN_RATIO = 64
 """Bytes of the tokens in memory, per byte of their part. Of one token over and over and no text it is 9.5."""
 
 
-def check_layer_bytes(
-    metadata: pq.FileMetaData, value_bytes: Callable[[int], int], nbytes: int, name: str
-) -> None:
+def check_layer_bytes(metadata: pq.FileMetaData, value_bytes: Callable[[int], int], nbytes: int, name: str) -> None:
     """Refuse a layer part whose values take more memory than it has bytes. One that is compressed and lies about its
-    sizes can take 2 GiB more, of one page; where columns are null in some rows, one row group at a time takes the memory
-    of those too.
+    sizes can take 2 GiB more, of one page; where columns are null in some rows, one row group at a time takes the
+    memory of those too.
 
     Args:
         metadata: Only what Arrow reads without a check of its own is asked of it: `column` of a damaged footer ends

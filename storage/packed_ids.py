@@ -51,19 +51,18 @@ def pack(ids: NDArray[np.int32], n_ids: int) -> NDArray[np.uint8]:
     return padded[: rows * width].reshape(rows, width)
 
 
-def unpack(packed: NDArray[np.uint8], n_ids: int, per_row: int) -> NDArray[np.int32]:
-    """What `pack` was given.
+def unpack(packed: NDArray[np.uint8], n_ids: int, ids: NDArray[np.int32]) -> None:
+    """Write what `pack` was given to `ids`, [rows, per_row].
 
     Raises:
         ValueError: A row holds another number of ids, one out of range, or is not ascending.
     """
-    ids = np.empty((len(packed), per_row), np.int32)
+    per_row = ids.shape[1]
     padded = np.empty(packed.size + _WORD, np.uint8)
     padded[: packed.size], padded[packed.size :] = packed.reshape(-1), 0
     wrong = _unpack(padded, packed.shape[1], n_ids, low_bits_of(n_ids, per_row), ids)
     if wrong >= 0:
         raise ValueError(f"neighbors of row {wrong} of the index are no {per_row} ascending ids in [0, {n_ids}]")
-    return ids
 
 
 @intrinsic  # type: ignore[misc]
@@ -108,8 +107,8 @@ def _pack(ids, n_ids, low_bits, width, packed):  # type: ignore[no-untyped-def]
         for j in range(ids.shape[1]):
             number = np.int64(ids[row, j]) if ids[row, j] >= 0 else np.int64(n_ids)
             at, upper = j * low_bits, start + (number >> low_bits) + j
-            _set_bits(packed, base + (at >> 3), np.uint64((number & mask) << (at & 7)))
-            _set_bits(packed, base + (upper >> 3), np.uint64(np.int64(1) << (upper & 7)))
+            _set_bits(packed, base + (at >> 3), np.uint64((number & mask) << (at & 7)))  # type: ignore[call-arg]
+            _set_bits(packed, base + (upper >> 3), np.uint64(np.int64(1) << (upper & 7)))  # type: ignore[call-arg]
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[misc]
@@ -123,12 +122,14 @@ def _unpack(packed, width, n_ids, low_bits, ids):  # type: ignore[no-untyped-def
         base, j, before, at = row * width, 0, np.int64(-1), start
         while at < stop:
             taken = min(stop - at, _WORD_BITS)
-            bits = (_word(packed, base + (at >> 3)) >> np.uint64(at & 7)) & ((one << np.uint64(taken)) - one)
+            bits = _word(packed, base + (at >> 3)) >> np.uint64(at & 7)  # type: ignore[call-arg, var-annotated]
+            bits &= (one << np.uint64(taken)) - one
             while bits != 0:
                 if j == per_row:
                     return row
                 first = j * low_bits
-                low = np.int64(_word(packed, base + (first >> 3)) >> np.uint64(first & 7)) & mask
+                word = _word(packed, base + (first >> 3))  # type: ignore[call-arg, var-annotated]
+                low = np.int64(word >> np.uint64(first & 7)) & mask
                 number = ((at + _lowest_bit(bits) - start - j) << low_bits) | low
                 if number > n_ids or number < before:
                     return row

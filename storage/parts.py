@@ -1,8 +1,8 @@
 """The Parquet files of an index: one layer's keys, values and index for a range of KV heads, and the tokens.
 
 A layer part has one row group per KV head and one row per token. Keys, values, neighbors and zones are
-`fixed_size_binary`, so that a column of a row group is one block of memory in the layout the engine computes with. Codes
-of keys and values, and packed neighbors, are null outside the index; what is encoded is null in the other columns.
+`fixed_size_binary`, so that a column of a row group is one block of memory in the layout the engine computes with.
+Codes of keys and values, and packed neighbors, are null outside the index; what is encoded is null in other columns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ __all__ = [
 # No compression. Random-like bf16 keys and values, one core: none, lz4 and snappy keep 100% of the bytes, zstd 81%
 # at a third of the writing and half of the reading speed. No dictionary and no statistics: neither helps on them.
 _WRITER = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-_LAYER_WRITER = {**_WRITER, "column_encoding": {"position": "DELTA_BINARY_PACKED"}}  # they follow each other: no bytes
+# Positions follow each other: no bytes. The schema in Arrow's own form would hold the metadata a second time.
+_LAYER_WRITER = {**_WRITER, "column_encoding": {"position": "DELTA_BINARY_PACKED"}, "store_schema": False}
 _TOKENS = pa.schema(
     [
         pa.field("position", pa.int32(), nullable=False),
@@ -77,7 +78,7 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         "fingerprint": fingerprint,
         "document_key": document_key,
     }
-    schema = layout.schema().with_metadata(_to_text(metadata))
+    schema = layout.schema()
     positions = pa.array(np.asarray(block.positions, np.int32))
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, **_LAYER_WRITER) as writer:
@@ -85,6 +86,7 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
             columns = {"position": positions, **_columns(block, layout, head)}
             table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
             writer.write_table(table, row_group_size=max(1, block.rows))
+        writer.add_key_value_metadata(_to_text(metadata))
     return sink.getvalue()
 
 
@@ -92,9 +94,7 @@ def _columns(block: LayerBlock, layout: Layout, head: int) -> dict[str, pa.Array
     """The binary columns of one head; those of no width too."""
     rows, place = block.rows, {"rows": block.rows, "start": block.index_start}
     columns: dict[str, pa.Array] = {}
-    for of, states, coded in zip(
-        STATES, (block.keys, block.values), (block.key_codes, block.value_codes), strict=True
-    ):
+    for of, states, coded in zip(STATES, (block.keys, block.values), (block.key_codes, block.value_codes), strict=True):
         if coded is None:
             columns[of] = binary(bits(states[head]), layout.head_dim * layout.item_bytes)
             continue
@@ -221,7 +221,7 @@ def _tensor(array: NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _arrays(layout: Layout, n_heads: int, rows: int) -> dict[str, NDArray[Any]]:
-    """Memory for what columns hold. numpy's is backed by huge pages, torch's is not: filling it is four times as fast."""
+    """Memory for what columns hold: numpy's, backed by huge pages as torch's is not, is filled four times as fast."""
     indexed = (n_heads, layout.index_rows)
     arrays: dict[str, NDArray[Any]] = {
         "neighbors": np.empty((*indexed, layout.degree), np.int32),
@@ -242,7 +242,10 @@ def _fill(arrays: dict[str, NDArray[Any]], i: int, group: pa.Table, layout: Layo
     for name, (_, null) in layout.columns().items():
         if null:
             found = some_bytes_of(group, name, layout.held(name, rows))
-            arrays[name][i] = unpack(found, layout.index_rows, layout.degree) if name == "neighbors" else found
+            if name == "neighbors":
+                unpack(found, layout.index_rows, arrays[name][i])
+            else:
+                arrays[name][i] = found
         elif name == "neighbors":
             arrays[name][i] = ids_of(group, name, rows, layout.neighbor_width)[layout.indexed]
         elif name == "code":

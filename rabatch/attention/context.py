@@ -14,7 +14,7 @@ from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.overlay import Overlays
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.sets import Found, attend_sets
-from rabatch.attention.shared import attend_sets_whole
+from rabatch.attention.shared import attend_several
 from rabatch.attention.step import attend_compiled
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
@@ -214,7 +214,7 @@ class QuestionAttention:
         best = None
         n_keys, keys = layer.shape[1], layer.keys
         if self.compiled and n_keys:
-            partial, *best = attend_sets_whole(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
+            partial, *best = attend_several(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
         else:
             keys, values = layer.whole()
             partial = dense_partial(rows, keys, values, scaling=scaling, softcap=softcap)

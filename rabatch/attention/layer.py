@@ -73,8 +73,10 @@ class ContextLayer:
         if self.zones is None or not self.zones.size:
             return StaticSet(keys, values, rows)
         first_keys, first_values = (self.index_start if coded is None else 0 for _, coded in both)
+        of_keys, of_values = (stored_bits(t.cpu()) if c is None else c.on_cpu().kernel for t, c in both)
         made = zone_sums(
-            *(stored_bits(t.cpu()) if coded is None else coded.on_cpu().kernel for t, coded in both),
+            of_keys,
+            of_values,
             self.zones,
             half=self.keys.dtype == torch.float16,
             first_row=(first_keys, first_values),
@@ -91,8 +93,8 @@ class ContextLayer:
 
     @cached_property
     def shared(self) -> list[SharedKeys]:
-        """What exact attention on the CPU reads: made when it is first asked for, and it copies the keys. Static set and
-        index apart, if either keys or values are encoded."""
+        """What exact attention on the CPU reads: made when it is first asked for, and it copies the keys. Static set
+        and index apart, if either keys or values are encoded."""
         key_codes, value_codes = self.key_codes, self.value_codes
         if key_codes is None and value_codes is None:
             return [SharedKeys.of(self.keys, self.values)]

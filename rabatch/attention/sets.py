@@ -211,9 +211,7 @@ def n_rows_of(values: Tensor | CodedRows, static: StaticSet) -> int:
     return values.shape[1] + (len(static.positions) if isinstance(values, CodedRows) else 0)
 
 
-def _weighed(
-    weights: Tensor, ids: Tensor, values: Tensor | CodedRows, n_keys: int, tail_values: Tensor
-) -> Tensor:
+def _weighed(weights: Tensor, ids: Tensor, values: Tensor | CodedRows, n_keys: int, tail_values: Tensor) -> Tensor:
     """Sum of the found keys' values by weight, [n_kv, n_rows, head_dim]."""
     n_kv, n_rows, k = ids.shape
     dim = values.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,11 +65,12 @@ class SharedKeys:
         return cls(held_keys, flat, half, n_keys, int(values.shape[2]), of_keys, of_values, rows)
 
 
-def attend_sets_whole(
+def attend_several(
     rows: Tensor, sets: Sequence[SharedKeys], *, top_k: int, scaling: float, softcap: float | None, threads: int = 0
 ) -> tuple[Partial, Tensor, Tensor]:
     """`attend_all` over disjoint sets together, ids being rows of the layer."""
-    found = [attend_all(rows, s, top_k=top_k, scaling=scaling, softcap=softcap, threads=threads) for s in sets if s.n_keys]
+    options: dict[str, Any] = {"top_k": top_k, "scaling": scaling, "softcap": softcap, "threads": threads}
+    found = [attend_all(rows, some, **options) for some in sets if some.n_keys]
     if len(found) == 1:
         return found[0]
     partials, ids, products = zip(*found, strict=True)

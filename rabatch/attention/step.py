@@ -148,8 +148,8 @@ def _attend_questions(  # type: ignore[no-untyped-def]
                 item = (question * group + g) * queries.shape[3] + token
                 found_sum[:] = 0
                 all_found = _add_found(
-                    result, found_sum, weights, at_found, ids[head, item], kept[r], zones[r], zone_keys, n_static, codes,
-                    n_keys, first_value, head, half, tail_values[question],
+                    result, found_sum, weights, at_found, ids[head, item], kept[r], zones[r], zone_keys, n_static,
+                    codes, n_keys, first_value, head, half, tail_values[question],
                 )  # fmt: skip
                 for t in range(value_dim):
                     result[t] += scale[head, t] * found_sum[t] + center[head, t] * all_found

@@ -14,7 +14,7 @@ from rabatch.attention.coded import CodedRows
 from rabatch.attention.context import QuestionAttention
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.seam import AttentionCall
-from rabatch.attention.shared import SharedKeys, attend_sets_whole
+from rabatch.attention.shared import SharedKeys, attend_several
 from rabatch.config import BuildConfig, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
 from rabatch.demo.corpus import generate_document
@@ -118,10 +118,11 @@ def test_codes_are_close_to_what_was_encoded(stored: tuple, loaded: LoadedModel,
     (keys, values), (true_keys, true_values) = layer.whole(), (t.float() for t in (other.keys, other.values))
     assert torch.equal(layer.static.keys, other.static.keys)
     make = torch.Generator().manual_seed(4)
-    rows = 2 / float(true_keys.std()) / keys.shape[2] ** 0.5 * torch.randn(keys.shape[0], 9, keys.shape[2], generator=make)
+    spread = 2 / float(true_keys.std()) / keys.shape[2] ** 0.5
+    rows = spread * torch.randn(keys.shape[0], 9, keys.shape[2], generator=make)
     options: dict[str, Any] = {"top_k": 1, "scaling": 1.0, "softcap": None}
-    out, _, _ = attend_sets_whole(rows, layer.shared, **options)
-    expected, _, _ = attend_sets_whole(rows, other.shared, **options)
+    out, _, _ = attend_several(rows, layer.shared, **options)
+    expected, _, _ = attend_several(rows, other.shared, **options)
     off = (rows @ (keys - true_keys).transpose(1, 2)).abs().amax(-1, keepdim=True)
     bound = (values - true_values).abs().amax((1, 2))[:, None, None] + torch.expm1(2 * off) * true_values.abs().max()
     assert ((out.out - expected.out).abs() <= bound + 1e-5).all()
@@ -133,7 +134,8 @@ def test_memory_counts_codes(stored: tuple, loaded: LoadedModel) -> None:
     whole = plain(layer)
     if layer.value_codes is not None:
         assert bytes_of(layer.value_codes) < bytes_of(layer.value_codes.decoded()) / 3
-    assert bytes_of((layer.keys, layer.values, layer.key_codes, layer.value_codes)) < bytes_of((whole.keys, whole.values))
+    held = layer.keys, layer.values, layer.key_codes, layer.value_codes
+    assert bytes_of(held) < bytes_of((whole.keys, whole.values))
 
 
 def test_lists_show_codecs(stored: tuple) -> None:
@@ -194,8 +196,8 @@ def test_an_empty_set_is_left_out() -> None:
     none = SharedKeys.of(keys[:, :0], keys[:, :0], rows=torch.arange(0))
     options: dict[str, Any] = {"top_k": 3, "scaling": 1.0, "softcap": None}
     rows = torch.randn(2, 4, 16)
-    both = attend_sets_whole(rows, [none, one], **options)
-    alone = attend_sets_whole(rows, [one], **options)
+    both = attend_several(rows, [none, one], **options)
+    alone = attend_several(rows, [one], **options)
     assert torch.equal(both[0].out, alone[0].out)
 
 

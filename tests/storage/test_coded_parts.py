@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,7 +104,8 @@ def test_the_columns_are_those_of_the_format() -> None:
     block = sample("kivi2", "int4")
     file = pq.ParquetFile(pa.BufferReader(encode_layer(block, **NAMED)))
     group = file.read_row_group(1)
-    held = {name: [i for i, v in enumerate(group.column(name).to_pylist()) if v is not None] for name in group.column_names}
+    lists = {name: group.column(name).to_pylist() for name in group.column_names}
+    held = {name: [i for i, value in enumerate(values) if value is not None] for name, values in lists.items()}
     outside, inside = [0, 1, 2, *range(83, 90)], list(range(3, 83))
     assert held["key"] == held["value"] == outside
     assert held["key_code"] == held["value_code"] == held["neighbors"] == inside
@@ -163,8 +164,6 @@ def test_scales_that_are_none_are_refused(number: float) -> None:
     block.key_codes.scale[1, 3] = number
     with pytest.raises(StoreError, match="key_scale"):
         encode_layer(block, **NAMED)
-    import base64
-
     scale = base64.b64encode(block.key_codes.scale.astype("<f4").tobytes()).decode()
     with pytest.raises(IntegrityError, match="key_scale"):
         decode_layer(_rewritten(sample(), {"key_scale": scale}), name="p")
@@ -223,7 +222,8 @@ def test_changed_bytes_never_crash_the_decoder() -> None:
 
 def stored_manifest(store: IndexStore, pairs: list[tuple[str, str]]) -> tuple[Manifest, list[LayerBlock]]:
     """A document of one layer with a part per head, each with its codecs."""
-    geometry = dataclasses.replace(GEOMETRY, n_layers=1, n_kv_heads=len(pairs), n_query_heads=len(pairs), sliding_windows=(0,))
+    n = len(pairs)
+    geometry = dataclasses.replace(GEOMETRY, n_layers=1, n_kv_heads=n, n_query_heads=n, sliding_windows=(0,))
     where = {"document_id": "doc", "fingerprint": FINGERPRINT, "attempt": store.new_attempt()}
     whole = make_block(n_heads=len(pairs), rows=60, index_rows=52)
     blocks = [coded(whole.select(range(i, i + 1)), *pair) for i, pair in enumerate(pairs)]
