@@ -33,7 +33,7 @@ from rabatch.storage.summaries import summarise
 from tests.rabatch.engine import new_store, store_document
 from tests.rabatch.models import save_tiny_model
 
-PAIRS = [("int8", "int8"), ("int8", "kivi2"), ("none", "int4"), ("int8", "none"), ("kivi2", "kivi2"), ("int4", "int8")]
+PAIRS = [("int8", "int8"), ("int8", "kivi2"), ("none", "int4"), ("kivi2", "none")]
 FULL = 1 << 20
 BUILD = BuildConfig(sink_tokens=8, window_tokens=24, query_top_k=16, prefill_chunk_tokens=256)
 
