@@ -18,7 +18,7 @@ ITEM_TYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy ha
 
 
 def column(table: pa.Table, name: str, item_type: str) -> np.ndarray:
-    """The rows of a fixed-size binary column that are not null, [rows, items]. Arrow keeps it as one block of memory, so
+    """The rows of a fixed-size binary column that are not null, [rows, items]: one block of memory in Arrow too, so
     nothing is parsed."""
     array = table.column(name).drop_null().combine_chunks()
     width = array.type.byte_width
