@@ -42,7 +42,7 @@ class Coded:
         codes: [n_heads, index_rows, code_width], uint8.
         groups: [n_heads, index_rows / 32 rounded up, group_width], uint8: steps and lows of keys in groups; else the
             width is 0.
-        scale, center: [n_heads, head_dim], float32.
+        scale, center: [n_heads, head_dim], float32; scales are numbers of bfloat16.
     """
 
     codec: str
@@ -76,9 +76,9 @@ class Coded:
         return (self.codec, self.of) == (other.codec, other.of) and all(np.array_equal(a, b) for a, b in same)
 
     def metadata(self) -> dict[str, object]:
-        """The small arrays as JSON values: base64 of little-endian float32."""
-        small = {"scale": self.scale, "center": self.center}
-        return {f"{self.of}_{name}": base64.b64encode(a.astype("<f4").tobytes()).decode() for name, a in small.items()}
+        """The small arrays as JSON values: base64 of little-endian float32, and of bfloat16 the scales."""
+        small = {"scale": (self.scale.view(np.uint32) >> 16).astype("<u2"), "center": self.center.astype("<f4")}
+        return {f"{self.of}_{name}": base64.b64encode(a.tobytes()).decode() for name, a in small.items()}
 
 
 def code_width(codec: str, of: Of, head_dim: int) -> int:
@@ -175,11 +175,11 @@ def from_metadata(
     Raises:
         ValueError, TypeError, KeyError: The metadata do not hold such arrays.
     """
-    small = [
-        np.frombuffer(base64.b64decode(meta[f"{of}_{name}"], validate=True), "<f4").reshape(n_heads, head_dim)[heads]
-        for name in ("scale", "center")
-    ]
-    return Coded(meta[f"{of}_codec"], of, codes, groups, *small)
+    scale, center = (
+        np.frombuffer(base64.b64decode(meta[f"{of}_{name}"], validate=True), kind).reshape(n_heads, head_dim)[heads]
+        for name, kind in (("scale", "<u2"), ("center", "<f4"))
+    )
+    return Coded(meta[f"{of}_codec"], of, codes, groups, (scale.astype(np.uint32) << 16).view(np.float32), center)
 
 
 def check_coded(
@@ -201,13 +201,19 @@ def check_coded(
     for name in ("scale", "center"):
         array = getattr(coded, name)
         sound = bool((np.abs(array) < 2 * _MAX).all()) and (name == "center" or bool((array > 0).all()))
-        rule(sound, f"{of}_{name}", "out of range", "must be finite, and a scale above 0")
+        sound = sound and (name == "center" or not (array.view(np.uint32) & 0xFFFF).any())
+        rule(sound, f"{of}_{name}", "out of range", "must be finite, and a scale above 0 and a number of bfloat16")
+
+
+def _short(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The next number of bfloat16, upwards: no range becomes too short."""
+    return ((scale.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _int8(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     low, high = x.min(axis=0), x.max(axis=0)
     center = (low + high) / 2
-    scale = np.maximum((high - low) / 254, _TINY).astype(np.float32)
+    scale = _short(np.maximum((high - low) / 254, _TINY).astype(np.float32))
     return np.clip(np.rint((x - center) / scale), -127, 127).astype(np.int8).view(np.uint8), scale, center
 
 
@@ -216,7 +222,7 @@ def _grouped_keys(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     rows, top = len(x), 2**bits - 1
     center = x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = np.maximum(np.abs(x - center).max(axis=0), _TINY)
+    scale = _short(np.maximum(np.abs(x - center).max(axis=0), np.float32(_TINY)))
     y = np.pad((x - center) / scale, ((0, -rows % GROUP), (0, 0)), mode="edge").reshape(-1, GROUP, x.shape[1])
     low_code = np.clip(np.floor(y.min(axis=1) * 127), -127, 127).astype(np.int8)
     low = low_code / np.float32(127)
@@ -239,7 +245,7 @@ def _grouped_values(
 
     y = grouped(scale)
     widest = np.float32((y.max(axis=2).clip(0) - y.min(axis=2).clip(None, 0)).max() / top) or np.float32(1)
-    scale = np.maximum(scale * widest, np.float32(_TINY))  # so that the largest step is 1
+    scale = _short(np.maximum(scale * widest, np.float32(_TINY)))  # so that the largest step is 1
     y = grouped(scale)
     low, high = y.min(axis=2).clip(None, 0), y.max(axis=2).clip(0)
     step_code = _step_code((high - low) / top)
