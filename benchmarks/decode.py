@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -209,15 +208,20 @@ def measure(loaded: LoadedModel, contexts: dict[str, OpenContext], tails: list[l
             for mine, theirs in zip(ours, expected, strict=True):  # type: ignore[arg-type]
                 torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
         expected = expected or ours
-        agree = statistics.mean(
-            float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
-            for mine, theirs in zip(ours, expected, strict=True)
-        )
-        if agree < (0.9 if len(context.token_ids) <= TRAINED else 0.75):  # past it, logits are nearly equal
-            raise AssertionError(f"{name} chooses the reference's token in {agree:.2f} of the steps: nothing to time")
+        same = torch.stack([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, expected, strict=True)])
+        # Past its training the model's logits are nearly equal.
+        agree = check_tokens(name, same, 0.9 if len(context.token_ids) <= TRAINED else 0.75)
         found |= {name: min(seconds), f"{name} question": asked, f"{name} agrees": agree}
     found["chosen"] = expected
     return found
+
+
+def check_tokens(name: str, same: Tensor, least: float) -> float:
+    """The share of tokens that are the reference's. Refuses too few; one of the nine of a question is let pass."""
+    agree = float(same.float().mean())
+    if agree < least and int((~same).sum()) > 1:
+        raise AssertionError(f"{name} chooses the reference's token in {agree:.2f} of the steps: nothing to time")
+    return agree
 
 
 def recipe_of(method: str) -> Recipe:
@@ -357,16 +361,8 @@ def with_peer(
     }  # fmt: skip
     seconds = {}
     for n, run_of in peer(args.peer, folder, request).items():
-        ours = [[int(logits[q].argmax()) for logits in found["chosen"]] for q in range(n)]
-        agree = statistics.mean(
-            a == b
-            for mine, theirs in zip(ours, run_of["tokens"], strict=True)
-            for a, b in zip(mine, theirs, strict=True)
-        )
-        if agree < 0.9:
-            raise AssertionError(
-                f"llama.cpp chooses the reference's token in {agree:.2f} of the steps: nothing to compare"
-            )
+        ours = torch.stack([logits.argmax(-1)[:n] for logits in found["chosen"]], dim=1)
+        check_tokens("llama.cpp", ours == torch.tensor(run_of["tokens"]), 0.9)
         seconds[n] = run_of["seconds"]
     return seconds
 

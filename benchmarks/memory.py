@@ -32,9 +32,10 @@ from rabatch.contexts import open_context
 from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
-from rabatch.jobs.output import read_parquet
+from rabatch.jobs.catalog import read_entries
 from rabatch.loading import LoadedModel, load_model
 from rabatch.memory import LayerPool, bytes_of
+from rabatch.storage.answers import decode
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore
@@ -125,7 +126,7 @@ def in_turn(
         storage_options={},
         recipe=RECIPE,
         generation=GENERATION,
-        output=None,
+        answers_url=None,
         threads=threads,
         slots=SLOTS,
         memory_bytes=1 << 40,
@@ -133,12 +134,16 @@ def in_turn(
         sharing_card=1,
     )
 
+    indexes = {stored.content_sha256: stored for stored in read_entries(store)}
+
     def ask(actor: AnswerActor, name: str) -> list[str]:
         manifest, questions = documents[name]
         asked = [{field: q[field] for field in ("question_id", "question", "expected")} for q in questions]
-        batches = json.dumps([{"key": name, "questions": asked}])
-        made = list(actor(pa.Table.from_pylist([{"manifest": manifest.to_json(), "batches": batches}])))
-        return [text for one in made for text in texts(read_parquet(one.to_pylist()[0]["answers"]))]
+        keys = [question["question_id"] for question in asked]
+        batches = json.dumps([{"name": name, "questions": asked, "keys": keys}])
+        stored = json.dumps(indexes[manifest.content_sha256])
+        made = list(actor(pa.Table.from_pylist([{"index": stored, "batches": batches}])))
+        return [text for one in made for text in texts(decode(one.to_pylist()[0]["answers"], name=name).to_pylist())]
 
     rows, expected = [], None
     for calls in (1, CALLS):

@@ -1,7 +1,8 @@
 """Answer: questions in, one row per question and document out.
 
-The driver joins the questions with the store's manifests; each document's questions go to one actor, which opens the
-index once. Killed and run again into the same output, it asks only what is not answered yet.
+The driver joins questions and indexes into pairs, and leaves out those that the answers store has an answer to. Each
+document's questions go to one actor, which opens the index once. Killed and run again into the same answers store, it
+asks only what is not answered yet.
 
     python -m rabatch.jobs.answer questions.jsonl --store index/ --output answers/
 """
@@ -14,30 +15,28 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray.data
-from tqdm import tqdm
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
-from rabatch.errors import StoreError
-from rabatch.evaluation.scoring import exact_match
+from rabatch.exporting import write_windows
 from rabatch.fingerprint import model_fields
 from rabatch.jobs import cluster
-from rabatch.jobs.answering import CALLS, PARTS, AnswerActor, AnswerSettings, part_path
-from rabatch.jobs.catalog import Batch, Catalog, chunks, failed_row, join
+from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
+from rabatch.jobs.asking import Asked
+from rabatch.jobs.catalog import Batch, Catalog, batches_of, chunks, join, read_entries
 from rabatch.jobs.messages import raise_fatal
-from rabatch.jobs.output import jsonl_bytes, parquet_bytes, read_parquet
-from rabatch.jobs.results import AnswerResult, count
+from rabatch.jobs.observing import Observer
+from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
-from rabatch.jobs.settings import model_settings, resolved_model
+from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
 from rabatch.jobs.sources import JSONL, PARQUET, Source, list_units
-from rabatch.records import ANSWERS
-from rabatch.storage.filesystem import Folder
+from rabatch.storage.answers import AnswerKeys, AnswerStore
+from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.store import IndexStore
-
-Rows = list[dict[str, Any]]
+from rabatch.storage.summaries import digest_of
 
 
 def answer(
@@ -48,11 +47,16 @@ def answer(
     recipe: Recipe | Method | None = None,
     generation: GenerationSettings | None = None,
     output: str | os.PathLike[str] | None = None,
+    export: bool = True,
     resources: Resources | None = None,
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
     fingerprint: str | None = None,
+    documents: Mapping[str, str | None] | None = None,
+    definition_sha256: str | None = None,
+    max_failed_rows: int | None = None,
     progress: bool = True,
+    observer: Observer | None = None,
 ) -> AnswerResult:
     """Ask every question of its document; one without a document of every document in the store.
 
@@ -63,18 +67,26 @@ def answer(
         model: Settings, or a hub name or path; must be the one the store was built with.
         recipe: How the context is attended, or the name of a method.
         generation: Overrides of the model's own generation settings.
-        output: Folder (path or URL) for ``answers.parquet`` and ``answers.jsonl``. None: only the result.
+        output: Path or URL of the answers store. What it answers already is not asked again, and what is new is
+            committed as one run. None: only the result, which then holds all answers in memory.
+        export: Also write this call's rows to ``answers.parquet`` and ``answers.jsonl`` there.
         resources: Actors, their CPUs, GPUs and memory, questions decoded together, the cache of parts.
         address: Of a Ray cluster. None: an embedded Ray.
         storage_options: Of fsspec, for `questions`, `store` and `output`.
         fingerprint: Answer from these indexes only. None: of each document the newest of this model.
-        progress: A bar over questions on stderr.
+        documents: Ids of the documents that may be asked, each with the reason why it may not be after all, or None.
+            By default all of the store.
+        definition_sha256: What the run is said to be of. None: model, recipe and generation settings.
+        max_failed_rows: Stop when more rows fail.
+        progress: A bar over questions on stderr, or a line now and then where that is no terminal.
+        observer: Is told what becomes of each question. None: one of this call's own, with `progress`.
 
     Returns:
-        Rows in the order of the questions, then of the document ids. A question that cannot be answered is a row with
-        status ``failed`` and the reason.
+        Counts, and the rows in the order of the questions, then of the document ids. A question that cannot be answered
+        is a row with status ``failed`` and the reason.
 
     Raises:
+        FailedRowsError: More than `max_failed_rows` failed. What is answered is kept for the next run.
         RabatchError: The job as a whole cannot run: no such questions, model or store.
     """
     began = time.perf_counter()
@@ -84,66 +96,99 @@ def answer(
     settings = model_settings(model)
     model_fields(resolved_model(settings, has_cuda=False))  # a missing model is found before Ray starts
     index = IndexStore(cluster.worker_url(store, "store"), storage_options=options)
-    folder = None if output is None else Folder(cluster.worker_url(output, "output"), **options)
-    if folder is not None:
-        folder.write(f"{PARTS}/_started", b"")  # an output that cannot be written must fail now, not after hours
+    answers = None  # an output that cannot be written must fail now, not after hours
+    if output is not None:
+        answers = AnswerStore(cluster.worker_url(output, "output"), create=True, storage_options=options)
     connected = cluster.connect(address)
     units = list_units(questions, field="questions", storage_options=options, suffixes=JSONL + PARQUET)
     asked = [question_of(record) for unit in units.units for record in read_unit(units, unit)]
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
+    said: dict[str, Any] = {"recipe": recipe.to_dict(), "generation": generation.to_dict()}
+    keys = AnswerKeys({**said, "context_template": settings.context_template})
+    said["model"] = settings.to_dict()
+    observer = observer or Observer(progress=progress)
+    about = {"model": settings, "recipe": recipe, "generation": generation, "resources of answering": resources}
+    observer.begin("answer", places={"questions": questions, "store": store, "answers": output}, settings=about)
+    failures = Failures("questions", max_failed_rows, observer.failed)
+    job = _join(asked, index, settings, keys, recipe, fingerprint, documents, answers, failures)
+    reused = job.find_answered()
+    observer.known("reused", reused)
+    batches = batches_of(job.pairs, job.open_pairs(), questions_per_batch=resources.questions_per_batch)
+    gpus = cluster.gpus_per_actor(resources, settings.device)
+    memory = cluster.actor_memory(resources, weights_bytes(settings))
+    with observer.working(sum(len(batch.pairs) for batch in batches)):
+        while batches:
+            dead, connected = cluster.dead_machines(), cluster.connect(address)
+            pool = cluster.answer_pool(resources, connected, n_rows=len(batches), gpus=gpus, memory=memory)
+            actor = AnswerSettings(
+                model=settings,
+                store_url=index.url,
+                storage_options=options,
+                recipe=recipe,
+                generation=generation,
+                answers_url=None if answers is None else answers.url,
+                threads=resources.cpus_per_actor,
+                slots=resources.questions_per_batch,
+                memory_bytes=resources.memory_bytes,
+                sharing=math.ceil(pool.most / connected.machines),
+                sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
+                cache_dir=_cache_folder(resources.cache_dir),
+                cache_bytes=resources.cache_bytes,
+                recall_share=resources.recall_share,
+            )
+            for batch, told in _run(batches, job, actor, pool, gpus=gpus, memory=memory.reserved):
+                failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
+                if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
+                    seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
+                    observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
+            lost = job.open_pairs()
+            batches = []
+            if lost and cluster.lost_machine_since(dead):  # what it has taken with it is asked again
+                batches = batches_of(job.pairs, lost, questions_per_batch=resources.questions_per_batch)
+    for number in job.open_pairs():
+        reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or "
+        job.fail(number, reason + "smaller questions_per_batch, then run again")
+    run = job.commit(
+        definition_sha256=definition_sha256 or fingerprint_of(said),
+        settings=said,
+        reused=reused,
+        seconds=time.perf_counter() - began,
+    )
+    if answers is not None and export:
+        write_windows(answers.folder, "answers", job.windows())
+    tally, failed = job.tally, job.failures
+    judged = sum(q["expected"] is not None for q in job.all_questions())
+    return AnswerResult(
+        answered=tally.answered,
+        failed=failed.count,
+        reused=reused,
+        superseded=job.superseded,
+        exact_match=tally.matched / judged if judged else None,
+        attended_share=tally.share_sum / tally.shares if tally.shares else None,
+        seconds=time.perf_counter() - began,
+        output=None if output is None else os.fspath(output),
+        run=run,
+        first_failures=tuple(failed.first),
+        read_rows=job.windows,
+    )
+
+
+def _join(
+    asked: list[dict[str, Any]],
+    index: IndexStore,
+    model: ModelConfig,
+    keys: AnswerKeys,
+    recipe: Recipe,
+    fingerprint: str | None,
+    documents: Mapping[str, str | None] | None,
+    answers: AnswerStore | None,
+    failures: Failures,
+) -> Asked:
     damaged: list[str] = []
-    manifests = index.manifests(on_error=lambda path, error: damaged.append(path))
-    catalog = Catalog(manifests, model_fields(settings), recipe, fingerprint=fingerprint, damaged=damaged)
-    batches, refused = join(
-        asked,
-        catalog,
-        recipe=recipe,
-        generation=generation,
-        model=settings,
-        questions_per_batch=resources.questions_per_batch,
-    )
-    finished = {} if folder is None else _earlier(folder, batches)
-    reused = sum(len(rows) for rows in finished.values())
-    open_batches = [batch for batch in batches if batch.key not in finished]
-    if open_batches:
-        gpus = cluster.gpus_per_actor(resources, settings.device)
-        pool = cluster.answer_pool(resources, connected, n_rows=len(open_batches), gpus=gpus)
-        actor = AnswerSettings(
-            model=settings,
-            store_url=index.url,
-            storage_options=options,
-            recipe=recipe,
-            generation=generation,
-            output=None if folder is None else folder.url,
-            threads=resources.cpus_per_actor,
-            slots=resources.questions_per_batch,
-            memory_bytes=resources.memory_bytes,
-            sharing=math.ceil(pool / connected.machines),
-            sharing_card=int(1 // gpus) if 0 < gpus < 1 else 1,
-            cache_dir=_cache_folder(resources.cache_dir),
-            cache_bytes=resources.cache_bytes,
-        )
-        n_questions = sum(len(batch.questions) for batch in open_batches)
-        with tqdm(total=n_questions, desc="answer", unit="q", file=sys.stderr, disable=not progress) as bar:
-            for key, rows in _run(open_batches, actor, pool, gpus):
-                if key not in finished:
-                    finished[key] = rows
-                    bar.update(len(rows))
-    ordered: list[tuple[int, str, dict[str, Any]]] = []
-    for item in refused:
-        row = failed_row(item.question, document_id=item.document_id, reason=item.reason, recipe=recipe, model=settings)
-        ordered.append((item.order, item.document_id or "", row))
-    for batch in batches:
-        rows = finished.get(batch.key) or _lost(batch, recipe, settings)
-        ordered += [(o, batch.manifest.document_id, row) for o, row in zip(batch.order, rows, strict=True)]
-    ordered.sort(key=lambda item: item[:2])
-    rows = [row for _, _, row in ordered]
-    if folder is not None:
-        folder.write("answers.parquet", parquet_bytes(rows, ANSWERS))
-        folder.write("answers.jsonl", jsonl_bytes(rows, ANSWERS))
-    return _result(
-        rows, reused=reused, seconds=time.perf_counter() - began, output=None if output is None else os.fspath(output)
-    )
+    indexes = read_entries(index, on_error=lambda path, error: damaged.append(path))
+    which: dict[str, Any] = {"fingerprint": fingerprint, "damaged": damaged, "only": documents}
+    pairs, refused = join(asked, Catalog(indexes, digest_of(model_fields(model)), recipe, **which), keys)
+    return Asked(asked, pairs, refused, keys=keys, recipe=recipe, model=model, store=answers, failures=failures)
 
 
 def _cache_folder(folder: str | None) -> str | None:
@@ -151,68 +196,34 @@ def _cache_folder(folder: str | None) -> str | None:
     return folder if folder is None or folder.startswith("~") else os.path.abspath(folder)
 
 
-def _earlier(folder: Folder, batches: list[Batch]) -> dict[str, Rows]:
-    """The answers of batches that an earlier run has finished."""
-    there = folder.list(PARTS)
-    found = {}
-    for batch in batches:
-        if part_path(batch.key) in there:
-            try:
-                rows = read_parquet(folder.read(part_path(batch.key)))
-            except (StoreError, OSError, ValueError):  # not ours to trust: ask again
-                continue
-            if [row["question_id"] for row in rows] == [q["question_id"] for q in batch.questions]:
-                found[batch.key] = rows
-    return found
-
-
-def _run(batches: list[Batch], settings: AnswerSettings, pool: int, gpus: float) -> Iterator[tuple[str, Rows]]:
-    """Key and answers of each batch, as they come, from `pool` actors."""
+def _run(
+    batches: list[Batch], job: Asked, settings: AnswerSettings, pool: cluster.Pool, *, gpus: float, memory: int
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Each batch and what the actors say of it, as they come."""
     by_document: dict[str, list[Batch]] = defaultdict(list)
     for batch in batches:
-        by_document[batch.manifest.document_id].append(batch)
+        by_document[batch.stored.document_id].append(batch)
     # One actor per document opens its index once; with few documents, several share one so that none idles.
-    share = max(1, math.ceil(pool / len(by_document)))
+    share = max(1, math.ceil(pool.most / len(by_document)))
     work = []
     for items in by_document.values():
         for chunk in chunks(items, math.ceil(len(items) / share)):
-            cost = chunk[0].manifest.context_tokens * len(chunk)
-            asked = [{"key": batch.key, "questions": batch.questions} for batch in chunk]
-            work.append((cost, {"manifest": chunk[0].manifest.to_json(), "batches": json.dumps(asked)}))
+            stored, asks = chunk[0].stored, [job.asks(batch) for batch in chunk]
+            row = {"index": json.dumps(stored), "batches": json.dumps(asks)}
+            work.append((stored.context_tokens * len(chunk), row))
     work.sort(key=lambda item: -item[0])
+    named = {batch.name: batch for batch in batches}
     with cluster.dataset_context(row_blocks=True):
         rows = ray.data.from_items([row for _, row in work], override_num_blocks=len(work)).map_batches(
             AnswerActor,
             fn_constructor_args=(settings,),
-            **cluster.actor_options(pool, cpus=settings.threads, gpus=gpus, calls=CALLS),
+            **cluster.actor_options(pool, cpus=settings.threads, gpus=gpus, memory=memory, calls=CALLS),
         )
+        del work
         for row in cluster.rows_of(rows):
             if row["fatal"] is not None:
                 raise_fatal(row["fatal"])
-            yield row["key"], read_parquet(row["answers"])
-
-
-def _lost(batch: Batch, recipe: Recipe, model: ModelConfig) -> Rows:
-    reason = f"its worker died {cluster.TASK_RETRIES + 1} times, perhaps out of memory; use fewer actors, or smaller "
-    reason += "questions_per_batch, then run again"
-    about: dict[str, Any] = {"document_id": batch.manifest.document_id, "manifest": batch.manifest}
-    return [failed_row(q, reason=reason, recipe=recipe, model=model, **about) for q in batch.questions]
-
-
-def _result(rows: Rows, *, reused: int, seconds: float, output: str | None) -> AnswerResult:
-    counts = count(rows)
-    judged = [exact_match(row["expected"], row["answer"]) for row in rows if row["expected"] is not None]
-    shares = [row["attended_share"] for row in rows if row["attended_share"] is not None]
-    return AnswerResult(
-        rows=rows,
-        answered=counts["ok"],
-        failed=counts["failed"],
-        reused=reused,
-        exact_match=sum(judged) / len(judged) if judged else None,
-        attended_share=sum(shares) / len(shares) if shares else None,
-        seconds=seconds,
-        output=output,
-    )
+            yield named[row["name"]], row
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ calling.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,33 +16,29 @@ from typing import Any
 import pyarrow as pa
 
 from rabatch.attention.layer import ContextLayer
+from rabatch.attention.recall import RecallSampler
 from rabatch.available import automatic_budget
 from rabatch.config import GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
 from rabatch.decode import answer_each
-from rabatch.jobs.catalog import failed_row
+from rabatch.errors import StoreError
+from rabatch.jobs.catalog import Stored, failed_row
 from rabatch.jobs.cluster import limit_threads
 from rabatch.jobs.messages import fatal, one_row, reason
-from rabatch.jobs.output import parquet_bytes
+from rabatch.jobs.results import Tally
 from rabatch.jobs.turns import Turn, Turns
 from rabatch.loading import LoadedModel, load_model
 from rabatch.memory import LayerPool
-from rabatch.records import ANSWERS
+from rabatch.records import STORED_ANSWERS
+from rabatch.storage.answers import AnswerStore, encode
 from rabatch.storage.cache import default_cache_folder
-from rabatch.storage.filesystem import Folder
-from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore
 
 CALLS = 2
 """Calls of an actor at the same time: the one that decodes, and the one whose index is fetched meanwhile."""
 
-PARTS = "_parts"
-"""Where finished batches lie in the output folder. Readers of Parquet folders pass over names that begin with ``_``."""
-
-
-def part_path(key: str) -> str:
-    """Where the answers of a batch lie, relative to the output folder."""
-    return f"{PARTS}/{key}.parquet"
+SEEN = ("seconds", "answer_tokens", "attended_share")
+"""What the driver's observer is told of each answer."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,12 @@ class AnswerSettings:
     """What an answer actor needs to know.
 
     Attributes:
+        answers_url: Of the answers store, where finished batches are kept. None: they go to the driver.
         slots: Questions of a document decoded at the same time.
         memory_bytes: Of opened indexes that an actor holds. 0: `automatic_budget`.
         sharing, sharing_card: Actors on one machine, and on one card.
         cache_dir, cache_bytes: Of parts on the actor's machine, as of `Resources`.
+        recall_share: As of `Resources`.
     """
 
     model: ModelConfig
@@ -60,7 +59,7 @@ class AnswerSettings:
     storage_options: dict[str, Any]
     recipe: Recipe
     generation: GenerationSettings
-    output: str | None
+    answers_url: str | None
     threads: int
     slots: int
     memory_bytes: int
@@ -68,13 +67,15 @@ class AnswerSettings:
     sharing_card: int
     cache_dir: str | None = None
     cache_bytes: int | None = None
+    recall_share: float = 0.0
 
 
 class AnswerActor:
-    """Rows of (document, batches of questions) in; one row per batch out, its answers as Parquet bytes.
+    """Rows of (document, batches of questions) in; one row per batch out: what became of it, and without an answers
+    store its answers, as Parquet bytes.
 
-    A finished batch is also written to the output folder, so that an interrupted job loses at most the batches under
-    way. A batch with a failed question is not: the next run asks it again. It may be called from several threads.
+    A finished batch is kept in the answers store, so that an interrupted job loses at most the batches under way. It
+    may be called from several threads.
     """
 
     def __init__(self, settings: AnswerSettings) -> None:
@@ -96,53 +97,84 @@ class AnswerActor:
             cache=settings.cache_dir or default_cache_folder(),
             cache_bytes=settings.cache_bytes,
         )
-        self._output = None if settings.output is None else Folder(settings.output, **settings.storage_options)
+        url = settings.answers_url
+        self._answers = None if url is None else AnswerStore(url, storage_options=settings.storage_options)
         limit_threads(settings.threads)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for row in table.to_pylist():
             if self._loaded is None:
-                yield one_row({"key": "", "answers": b"", "fatal": self._fatal})
+                yield one_row({"fatal": self._fatal})
                 return
-            manifest = Manifest.from_json(row["manifest"])
+            index = Stored(*json.loads(row["index"]))
+            recall = RecallSampler(self._settings.recall_share) if self._settings.recall_share else None
             with self._turns.queue() as turn:
-                for key, answers in self._answer(turn, self._loaded, manifest, json.loads(row["batches"])):
-                    data = parquet_bytes(answers, ANSWERS)
-                    if self._output is not None and all(answer["status"] == "ok" for answer in answers):
-                        self._output.write(part_path(key), data)
-                    yield one_row({"key": key, "answers": data, "fatal": None})
+                for batch, answers in self._answer(turn, self._loaded, index, json.loads(row["batches"]), recall):
+                    samples = [] if recall is None else recall.take()
+                    yield one_row({**self._keep(index, batch, answers), "recall": json.dumps(samples)})
+
+    def _keep(self, index: Stored, batch: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
+        """Put a finished batch where it is safe; what the driver is told of it."""
+        rows = [
+            {**answer, "content_sha256": index.content_sha256, "answer_key": key}
+            for answer, key in zip(answers, batch["keys"], strict=True)
+        ]
+        failed = [[place, row["reason"]] for place, row in enumerate(rows) if row["status"] != "ok"]
+        table, data = pa.Table.from_pylist(rows, STORED_ANSWERS), b""
+        if self._answers is None:
+            data = encode(table)
+        elif len(failed) < len(rows):
+            try:
+                self._answers.put_pending(batch["name"], table)
+            except StoreError as error:
+                failed = [[place, f"its answer cannot be kept: {reason(error)}"] for place in range(len(rows))]
+                answers = []
+        seen = [[row[name] for name in SEEN] for row in answers if row["status"] == "ok"]
+        told = {"failed": json.dumps(failed), "tally": Tally.of(answers).to_json(), "seen": json.dumps(seen)}
+        return {"name": batch["name"], "answers": data, **told, "fatal": None}
 
     def _answer(
-        self, turn: Turn, loaded: LoadedModel, manifest: Manifest, batches: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Key and answers of each batch. As a question of one ends, the next of another begins."""
+        self,
+        turn: Turn,
+        loaded: LoadedModel,
+        index: Stored,
+        batches: list[dict[str, Any]],
+        recall: RecallSampler | None,
+    ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Each batch and its answers. As a question of one ends, the next of another begins."""
         settings = self._settings
         places = [(number, place) for number, batch in enumerate(batches) for place in range(len(batch["questions"]))]
         questions = [batches[number]["questions"][place] for number, place in places]
         rows: list[dict[int, dict[str, Any]]] = [{} for _ in batches]
 
-        def complete(number: int) -> tuple[str, list[dict[str, Any]]]:
-            return batches[number]["key"], [rows[number][place] for place in sorted(rows[number])]
+        def complete(number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            done, rows[number] = rows[number], {}
+            return batches[number], [done[place] for place in sorted(done)]
 
+        open_batches = set(range(len(batches)))
         try:
             turn.wait_to_prepare()
+            manifest = self._store.get(index.document_id, index.content_sha256, index.fingerprint)
+            if manifest is None:
+                raise StoreError("document_id", index.document_id, "its index was withdrawn meanwhile; run again")
             where = (self._store, manifest, loaded, settings.recipe)
             with open_context(*where, threads=settings.threads, pool=self._pool, ahead=True) as context:
                 turn.wait()
                 context.load()
                 turn.settle()
+                asked = dataclasses.replace(context, recall=recall)
                 for question, row in answer_each(
-                    context, questions, settings.recipe, settings.generation, slots=settings.slots
+                    asked, questions, settings.recipe, settings.generation, slots=settings.slots
                 ):
                     number, place = places[question]
                     rows[number][place] = row
                     if len(rows[number]) == len(batches[number]["questions"]):
+                        open_batches.discard(number)
                         yield complete(number)
         except Exception as error:  # noqa: BLE001 (one document must not end the job)
             why: dict[str, Any] = {"reason": reason(error), "recipe": settings.recipe, "model": settings.model}
-            for number, batch in enumerate(batches):
-                if len(rows[number]) < len(batch["questions"]):
-                    for place, question in enumerate(batch["questions"]):
-                        failed = failed_row(question, document_id=manifest.document_id, manifest=manifest, **why)
-                        rows[number].setdefault(place, failed)
-                    yield complete(number)
+            for number in sorted(open_batches):
+                for place, question in enumerate(batches[number]["questions"]):
+                    failed = failed_row(question, document_id=index.document_id, index=index, **why)
+                    rows[number].setdefault(place, failed)
+                yield complete(number)

@@ -18,23 +18,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from rabatch.config import BuildConfig, ModelConfig, Resources
 from rabatch.errors import StoreError
 from rabatch.fingerprint import index_fields
 from rabatch.indexing import make_manifest
 from rabatch.jobs import cluster
+from rabatch.jobs.catalog import Stored, read_entries
 from rabatch.jobs.indexing import GraphActor, StoreAddress
 from rabatch.jobs.messages import raise_fatal, reason
+from rabatch.jobs.observing import Observer
 from rabatch.jobs.output import check_report, write_rows
 from rabatch.jobs.plan import Planned, plan_documents, read_documents
 from rabatch.jobs.prefilling import PrefillActor
-from rabatch.jobs.results import BuildResult, count
-from rabatch.jobs.settings import model_settings, resolved_model
+from rabatch.jobs.results import BuildResult, Failures, count
+from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
 from rabatch.jobs.sources import Source, Units, list_units
+from rabatch.models import geometry_of, read_config
 from rabatch.records import BUILD_REPORT
-from rabatch.storage.manifest import Manifest, Part, fingerprint_of, utc_now
+from rabatch.storage.manifest import Part, fingerprint_of, utc_now
 from rabatch.storage.store import IndexStore
 
 _BF16_BYTES = 2
@@ -52,8 +53,10 @@ def build(
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
     limit: int | None = None,
+    max_failed_rows: int | None = None,
     progress: bool = True,
     report: str | None = None,
+    observer: Observer | None = None,
 ) -> BuildResult:
     """Index every document that is not indexed yet.
 
@@ -67,13 +70,16 @@ def build(
         address: Of a Ray cluster. None: an embedded Ray.
         storage_options: Of fsspec, for `documents` and `store`.
         limit: Only the first rows of the input.
-        progress: A bar over documents on stderr.
+        max_failed_rows: Stop when more rows fail.
+        progress: A bar over documents on stderr, or a line now and then where that is no terminal.
         report: Where to write the result's rows: a path or URL that ends in ``.parquet`` or ``.jsonl``.
+        observer: Is told what becomes of each document. None: one of this call's own, with `progress`.
 
     Returns:
         One row per row of the input. A bad document is a row with status ``failed`` and the reason.
 
     Raises:
+        FailedRowsError: More than `max_failed_rows` failed. What is committed stays.
         RabatchError: The job as a whole cannot run: no such source, model or store.
     """
     began = time.perf_counter()
@@ -89,21 +95,28 @@ def build(
     index = IndexStore(store_url, create=True, storage_options=storage_options)
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
     fields = index_fields(settings, config)
-    job = _Job(plan_documents(units, limit=limit), index, fields, settings)
+    observer = observer or Observer(progress=progress)
+    about = {"model": settings, "build": config, "resources of the build": resources}
+    observer.begin("build", places={"documents": documents, "store": store}, settings=about)
+    failures = Failures("documents", max_failed_rows, observer.failed)
+    job = _Job(plan_documents(units, limit=limit), index, fields, settings, failures, observer)
     numbers = job.skip_committed()
     if numbers:
         pack_chars = _PACKED_CHARS_PER_TOKEN * config.prefill_chunk_tokens
-        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources, "connected": connected}
-        address_of_parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
-        with tqdm(total=len(numbers), desc="build", unit="doc", file=sys.stderr, disable=not progress) as bar:
-            for row in _run(units, job.planned, numbers, address_of_parts, pack_chars=pack_chars, **options):
-                bar.update(job.take(row))
-            # A pack that kills its worker is lost as a whole; alone, its good documents are built.
-            lost = [number for number in job.lost(numbers) if job.planned[number].chars <= pack_chars // 2]
-            if lost:
-                address_of_parts = dataclasses.replace(address_of_parts, attempt=index.new_attempt())
-                for row in _run(units, job.planned, lost, address_of_parts, pack_chars=0, **options):
-                    bar.update(job.take(row))
+        options: dict[str, Any] = {"model": settings, "config": config, "resources": resources}
+        with observer.working(len(numbers)):
+            while numbers:
+                dead = cluster.dead_machines()
+                parts = StoreAddress(store_url, dict(storage_options or {}), job.fingerprint, index.new_attempt())
+                options["connected"] = cluster.connect(address)
+                for row in _run(units, job.planned, numbers, parts, pack_chars=pack_chars, **options):
+                    job.take(row)
+                numbers = job.lost(numbers)
+                # What a lost machine has taken with it is done again. A pack that kills its worker is lost as a whole;
+                # alone, its good documents are built.
+                if numbers and not cluster.lost_machine_since(dead):
+                    numbers = [number for number in numbers if job.planned[number].chars <= pack_chars // 2]
+                    pack_chars = 0
     result = job.result(seconds=time.perf_counter() - began)
     if report is not None:
         write_rows(report, result.rows, BUILD_REPORT, storage_options=storage_options)
@@ -125,14 +138,15 @@ def _run(
     """Rows about parts and failures, as they come."""
     gpus = cluster.gpus_per_actor(resources, model.device)
     threads = resources.cpus_per_actor
-    prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus)
+    memory = cluster.actor_memory(resources, weights_bytes(model))
+    prefill, graph = cluster.build_pools(resources, connected, n_documents=len(numbers), gpus=gpus, memory=memory)
     with cluster.dataset_context(row_blocks=True):
         rows = (
             read_documents(units, planned, numbers, pack_chars=pack_chars)
             .map_batches(
                 PrefillActor,
                 fn_constructor_args=(model, config, threads),
-                **cluster.actor_options(prefill, cpus=threads, gpus=gpus),
+                **cluster.actor_options(prefill, cpus=threads, gpus=gpus, memory=memory.reserved),
             )
             .map_batches(
                 GraphActor,
@@ -154,9 +168,20 @@ class _Open:
 
 
 class _Job:
-    """The driver's view: which documents are planned, under way, committed, failed."""
+    """The driver's view: which documents are planned, under way, committed, failed.
 
-    def __init__(self, planned: list[Planned], store: IndexStore, fields: dict[str, Any], model: ModelConfig) -> None:
+    Manifests are not kept: what is held of a document is its plan and its row of the report.
+    """
+
+    def __init__(
+        self,
+        planned: list[Planned],
+        store: IndexStore,
+        fields: dict[str, Any],
+        model: ModelConfig,
+        failures: Failures,
+        observer: Observer,
+    ) -> None:
         self.planned = planned
         self.fingerprint = fingerprint_of(fields)
         self._store = store
@@ -164,62 +189,66 @@ class _Job:
         self._model = model
         self._open: dict[int, _Open] = {}
         self._reports: dict[int, dict[str, Any]] = {}
-        self._manifests: dict[int, Manifest] = {}
+        self._failures = failures
+        self._observer = observer
 
     def skip_committed(self) -> list[int]:
         """Report faulty and already indexed documents; the numbers of the others."""
-        newest: dict[str, Manifest] = {}
-        known: dict[tuple[str, str], Manifest] = {}
-        for manifest in self._store.manifests(on_error=lambda path, error: None):
-            if manifest.fingerprint == self.fingerprint:
-                known[manifest.document_id, manifest.content_sha256] = manifest
-                held = newest.get(manifest.document_id)
-                if held is None or manifest.created_at > held.created_at:
-                    newest[manifest.document_id] = manifest
+        newest: dict[str, Stored] = {}
+        known: dict[tuple[str, str], Stored] = {}
+        for index in read_entries(self._store, on_error=lambda path, error: None):
+            if index.fingerprint == self.fingerprint:
+                known[index.document_id, index.content_sha256] = index
+                held = newest.get(index.document_id)
+                if held is None or index.created_us > held.created_us:
+                    newest[index.document_id] = index
         numbers = []
         for number, row in enumerate(self.planned):
-            manifest_known = known.get((row.document_id, row.content_sha256))
+            index_known = known.get((row.document_id, row.content_sha256))
             if row.error is not None:
                 self._report(number, "failed", error=row.error)
-            elif manifest_known is None:
+            elif index_known is None:
                 numbers.append(number)
             else:
-                if newest[row.document_id] is not manifest_known:
-                    manifest_known = self._renew(manifest_known)
-                self._report(number, "skipped", manifest=manifest_known)
+                if newest[row.document_id] is not index_known:
+                    self._renew(index_known)
+                self._observer.known("skipped")
+                self._report(number, "skipped", tokens=index_known.context_tokens, nbytes=index_known.stored_bytes)
         return numbers
 
-    def _renew(self, manifest: Manifest) -> Manifest:
+    def _renew(self, index: Stored) -> None:
         """A document whose text went back to an earlier one: that index becomes the newest again."""
+        manifest = self._store.get(index.document_id, index.content_sha256, index.fingerprint)
+        if manifest is None:
+            fix = "its index was withdrawn while the build began; run it again"
+            raise StoreError("document_id", index.document_id, fix)
         manifest = dataclasses.replace(manifest, created_at=utc_now())
         self._store.folder.write(manifest.path, manifest.to_json().encode())
-        return manifest
 
-    def take(self, row: dict[str, Any]) -> int:
-        """Enter what the actors report of a part; how many documents that finishes."""
+    def take(self, row: dict[str, Any]) -> None:
+        """Enter what the actors report of a part."""
         number = row["number"]
         if row["fatal"] is not None:
             raise_fatal(row["fatal"])
         if number in self._reports:
-            return 0
+            return
         if row["error"] is not None:
             self._open.pop(number, None)
             self._report(number, "failed", error=row["error"])
-            return 1
+            return
         document = self._open.setdefault(number, _Open())
         part = Part(**json.loads(row["part"]))
         if (part.kind, part.layer, part.head_start) in document.parts:
-            return 0  # a dead actor's work, done twice
+            return  # a dead actor's work, done twice
         document.parts[part.kind, part.layer, part.head_start] = part
         document.graph_s += row["graph_s"]
         document.write_s += row["write_s"]
         if "metadata" in row:
             document.row = row
         if len(document.parts) < row["n_units"]:
-            return 0
+            return
         del self._open[number]
         self._commit(number, document)
-        return 1
 
     def _commit(self, number: int, document: _Open) -> None:
         row = document.row
@@ -242,7 +271,10 @@ class _Job:
         except StoreError as error:
             self._report(number, "failed", error=reason(error))
         else:
-            self._report(number, "built", manifest=manifest, seconds=seconds)
+            tokens, nbytes = manifest.context_tokens, manifest.stored_bytes
+            self._report(number, "built", tokens=tokens, nbytes=nbytes, seconds=seconds)
+            work = {name.removesuffix("_s"): spent for name, spent in seconds.items()}
+            self._observer.built(tokens=tokens, stored_bytes=nbytes, seconds=work, fingerprint=self.fingerprint)
 
     def _report(
         self,
@@ -250,23 +282,25 @@ class _Job:
         status: str,
         *,
         error: str | None = None,
-        manifest: Manifest | None = None,
+        tokens: int = 0,
+        nbytes: int = 0,
         seconds: dict[str, float] | None = None,
     ) -> None:
         seconds = seconds or {}
-        if manifest is not None:
-            self._manifests[number] = manifest
         self._reports[number] = {
             "document_id": self.planned[number].document_id,
             "source": self.planned[number].source,
             "status": status,
             "reason": error,
-            "context_tokens": manifest.context_tokens if manifest else 0,
-            "stored_bytes": manifest.stored_bytes if manifest else 0,
+            "context_tokens": tokens,
+            "stored_bytes": nbytes,
             "prefill_s": seconds.get("prefill_s", 0.0),
             "graph_s": seconds.get("graph_s", 0.0),
             "fingerprint": self.fingerprint,
         }
+        if error is not None:
+            planned = self.planned[number]
+            self._failures.add(f"{planned.document_id!r} ({planned.source})", error)
 
     def lost(self, numbers: list[int]) -> list[int]:
         """Those of which nothing is known at the end; what came of them is forgotten."""
@@ -283,23 +317,24 @@ class _Job:
                 self._report(number, "failed", error=fix + "a smaller prefill_chunk_tokens, then run again")
         rows = [self._reports[number] for number in range(len(self.planned))]
         counts = count(rows)
+        tokens = sum(row["context_tokens"] for row in rows)
         return BuildResult(
             rows=rows,
             built=counts["built"],
             skipped=counts["skipped"],
             failed=counts["failed"],
-            tokens=sum(row["context_tokens"] for row in rows),
+            tokens=tokens,
             stored_bytes=sum(row["stored_bytes"] for row in rows),
-            kv_bytes=sum(kv_bytes(manifest) for manifest in self._manifests.values()),
+            kv_bytes=tokens * _kv_token_bytes(self._model),
             seconds=seconds,
             fingerprint=self.fingerprint,
         )
 
 
-def kv_bytes(manifest: Manifest) -> int:
-    """Bytes of the context's keys and values in bf16, every layer in full."""
-    shape = manifest.geometry
-    return manifest.context_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * _BF16_BYTES
+def _kv_token_bytes(model: ModelConfig) -> int:
+    """Bytes of one context token's keys and values in bf16, every layer in full."""
+    shape = geometry_of(read_config(model))
+    return shape.n_layers * shape.n_kv_heads * shape.head_dim * 2 * _BF16_BYTES
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.data
@@ -29,7 +30,15 @@ TASK_RETRIES = 3
 """How often the work of a dead actor is tried again. Not without end: a document that kills its actor always would
 otherwise keep the job from finishing."""
 
+OOM_RETRIES = 5
+"""How often a task is tried again that Ray's memory monitor has killed; it waits longer each time. Ray's own default is
+without end, and a file that never fits would keep the job from finishing."""
+
 READER_CPUS = 0.5
+
+_NOTICE_S = 30.0  # by default Ray checks every 3 s, waits 10 s for an answer, and gives up after 5 failures
+
+_MEMORY_PER_WEIGHTS, _MEMORY_BESIDE = 1.5, 1 << 30
 
 _EXCLUDED = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build", "dist", "tests", "benchmarks"]
 
@@ -47,12 +56,31 @@ class Cluster:
         gpus: CUDA devices.
         cores: Physical parallelism: `cpus`, or less where the embedded Ray declares more CPUs than there are.
         machines: Over which Ray spreads actors.
+        memory: Bytes of main memory that Ray lends, of each machine. Empty: not told.
     """
 
     cpus: int
     gpus: int
     cores: int
     machines: int = 1
+    memory: tuple[int, ...] = ()
+
+
+class Pool(NamedTuple):
+    """How many actors."""
+
+    least: int
+    most: int
+
+
+class Memory(NamedTuple):
+    """Bytes of main memory of one actor: what it is thought to need, and what Ray reserves for it (0: nothing)."""
+
+    needed: int = 0
+    reserved: int = 0
+
+
+NO_MEMORY = Memory()
 
 
 def checkout_root() -> Path | None:
@@ -71,7 +99,7 @@ def connect(address: str | None = None) -> Cluster:
     Raises:
         ConfigError: the address does not answer.
     """
-    _quiet()
+    _set_environment()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     root = checkout_root()
     if not ray.is_initialized():
@@ -95,14 +123,35 @@ def connect(address: str | None = None) -> Cluster:
             raise ConfigError("address", address, fix) from error
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    machines = sum(bool(node["Alive"]) for node in ray.nodes())
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines, memory = len(alive), tuple(int(node["memory"]) for node in alive if "memory" in node)
     cores = min(cpus, os.cpu_count() or cpus) if machines == 1 else cpus
-    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines))
+    return Cluster(cpus=cpus, gpus=gpus, cores=cores, machines=max(1, machines), memory=memory)
 
 
-def _quiet() -> None:
+def dead_machines() -> frozenset[str]:
+    """Ids of the machines that the cluster has lost so far."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+
+
+def lost_machine_since(before: frozenset[str]) -> bool:
+    """Whether a machine has been lost since `dead_machines` gave `before`; asked where work came to nothing.
+
+    Calls to a machine that is gone fail at once, but Ray takes a while to notice that it is. So where there are
+    several, this waits for it.
+    """
+    deadline = time.monotonic() + (_NOTICE_S if len(ray.nodes()) - len(before) > 1 else 0)
+    while dead_machines() <= before:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _set_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(OOM_RETRIES))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its C++ side writes to the terminal
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -154,10 +203,11 @@ def dataset_context(*, row_blocks: bool) -> Iterator[None]:
             yield
 
 
-def actor_options(pool: int, *, cpus: float, gpus: float, calls: int = 1) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of `pool` actors that take one row at a time.
+def actor_options(pool: Pool, *, cpus: float, gpus: float, memory: int = 0, calls: int = 1) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors that take one row at a time.
 
     Args:
+        memory: Bytes that Ray reserves for an actor; 0: none.
         calls: Calls of an actor that run at the same time, each with a row; more than one from threads of their own.
     """
     calls_at_once: dict[str, Any] = {"max_concurrent_calls_per_actor": calls, "enable_true_multi_threading": calls > 1}
@@ -165,9 +215,12 @@ def actor_options(pool: int, *, cpus: float, gpus: float, calls: int = 1) -> dic
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
-        "compute": ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2, **calls_at_once),
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=pool.least, max_size=pool.most, max_tasks_in_flight_per_actor=2, **calls_at_once
+        ),
         "num_cpus": cpus,
         "num_gpus": gpus,
+        **({"memory": memory} if memory else {}),
         "max_restarts": -1,
         "max_task_retries": TASK_RETRIES,
     }
@@ -180,40 +233,82 @@ def gpus_per_actor(resources: Resources, device: str) -> float:
     return 1.0 if device.startswith("cuda") else 0.0
 
 
-def build_pools(resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float) -> tuple[int, int]:
+def actor_memory(resources: Resources, weights_bytes: int) -> Memory:
+    """Main memory of a model actor. By the model's size it is only thought of when a pool is sized, not reserved: the
+    estimate must not keep an actor from starting.
+
+    Args:
+        weights_bytes: Of the model, in the dtype it computes in.
+    """
+    asked = resources.actor_memory_bytes
+    return Memory(asked or int(_MEMORY_PER_WEIGHTS * weights_bytes) + _MEMORY_BESIDE, asked)
+
+
+def build_pools(
+    resources: Resources, cluster: Cluster, *, n_documents: int, gpus: float, memory: Memory = NO_MEMORY
+) -> tuple[Pool, Pool]:
     """Sizes of the prefill pool and of the graph pool.
 
+    Args:
+        gpus, memory: Of one prefill actor.
+
     Raises:
-        ConfigError: the cluster has not enough CPUs or GPUs for one actor of each.
+        ConfigError: the cluster has not enough CPUs, GPUs or memory for one actor of each.
     """
     cpus = resources.cpus_per_actor
     _check_fits(cluster, cpus=2 * cpus + READER_CPUS, gpus=gpus)
     room = int((cluster.cpus - READER_CPUS) // cpus)
-    if resources.prefill_actors:
-        prefill = resources.prefill_actors
-    else:
+    prefill = _asked(resources.prefill_actors)
+    if prefill is None:
         # On CPUs, prefill takes about twice the time of graph construction (demo model at 8K tokens: 9 s and 4 s).
-        prefill = int(cluster.gpus // gpus) if gpus else math.ceil(2 * cluster.cores / (3 * cpus))
-        prefill = max(1, min(prefill, n_documents, room - 1))
-    spare = cluster.cores - (0 if gpus else prefill * cpus)
-    graph = resources.graph_actors or max(1, min(spare // cpus, room - prefill))
-    _check_fits(cluster, cpus=(prefill + graph) * cpus + READER_CPUS, gpus=prefill * gpus)
+        size = int(cluster.gpus // gpus) if gpus else math.ceil(2 * cluster.cores / (3 * cpus))
+        size = max(1, min(size, n_documents, room - 1, _memory_room(cluster, memory.needed)))
+        prefill = Pool(size, size)
+    spare = cluster.cores - (0 if gpus else prefill.least * cpus)
+    graph = _asked(resources.graph_actors)
+    if graph is None:
+        size = max(1, min(spare // cpus, room - prefill.least))
+        graph = Pool(size, size)
+    cpus *= prefill.least + graph.least
+    _check_fits(cluster, cpus=cpus + READER_CPUS, gpus=prefill.least * gpus)
+    _check_memory(cluster, prefill, memory)
     return prefill, graph
 
 
-def answer_pool(resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float) -> int:
-    """Size of the answer pool.
-
-    Raises:
-        ConfigError: the cluster has not enough CPUs or GPUs.
-    """
+def answer_pool(
+    resources: Resources, cluster: Cluster, *, n_rows: int, gpus: float, memory: Memory = NO_MEMORY
+) -> Pool:
+    """Size of the answer pool. Arguments and errors as of `build_pools`."""
     cpus = resources.cpus_per_actor
-    size = resources.answer_actors
-    if not size:
+    pool = _asked(resources.answer_actors)
+    if pool is None:
         size = int(cluster.gpus // gpus) if gpus else cluster.cores // cpus
-        size = max(1, min(size, n_rows, cluster.cpus // cpus))
-    _check_fits(cluster, cpus=size * cpus, gpus=size * gpus)
-    return size
+        size = max(1, min(size, n_rows, cluster.cpus // cpus, _memory_room(cluster, memory.needed)))
+        pool = Pool(size, size)
+    _check_fits(cluster, cpus=pool.least * cpus, gpus=pool.least * gpus)
+    _check_memory(cluster, pool, memory)
+    return pool
+
+
+def _asked(size: int | tuple[int, int]) -> Pool | None:
+    """A pool's size as the settings have it; None: as many as there is room for."""
+    if isinstance(size, tuple):
+        return Pool(*size)
+    return Pool(size, size) if size else None
+
+
+def _memory_room(cluster: Cluster, memory: int) -> int:
+    """For how many actors the machines have memory; one at least is tried."""
+    return max(1, sum(machine // memory for machine in cluster.memory)) if memory and cluster.memory else cluster.cpus
+
+
+def _check_memory(cluster: Cluster, pool: Pool, memory: Memory) -> None:
+    if memory.reserved and cluster.memory:
+        room = sum(machine // memory.reserved for machine in cluster.memory)
+        if room < pool.least:
+            lent = ", ".join(map(str, cluster.memory))
+            fix = f"the machines lend {lent} bytes, room for {room} of {pool.least} actors; use fewer, or less for each"
+            raise ConfigError("actor_memory_bytes", memory.reserved, fix)
 
 
 def _check_fits(cluster: Cluster, *, cpus: float, gpus: float) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rabatch.errors import ConfigError
+from rabatch.exporting import jsonl_bytes
 from rabatch.jobs.cluster import worker_url
 from rabatch.storage.filesystem import Folder
 
@@ -21,18 +21,6 @@ def parquet_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     return buffer.getvalue()
 
 
-def jsonl_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
-    """`rows` as JSON lines, the columns of `schema` in its order."""
-    lines = (json.dumps({name: row.get(name) for name in schema.names}, ensure_ascii=False) for row in rows)
-    return "".join(line + "\n" for line in lines).encode()
-
-
-def read_parquet(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a Parquet file."""
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-    return rows
-
-
 def write_rows(
     url: str, rows: list[dict[str, Any]], schema: pa.Schema, *, storage_options: dict[str, Any] | None = None
 ) -> None:
@@ -42,8 +30,17 @@ def write_rows(
         ConfigError: the suffix is neither ``.parquet`` nor ``.jsonl``.
         StoreError: it cannot be written.
     """
-    folder, _, name = worker_url(url, "report").rpartition("/")
-    Folder(folder, **(storage_options or {})).write(name, check_report(url)(rows, schema))
+    write_bytes(url, check_report(url)(rows, schema), field="report", storage_options=storage_options)
+
+
+def write_bytes(url: str, data: bytes, *, field: str, storage_options: dict[str, Any] | None = None) -> None:
+    """Write one file; `field` is the setting that named it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    folder, _, name = worker_url(url, field).rpartition("/")
+    Folder(folder, **(storage_options or {})).write(name, data)
 
 
 def check_report(url: str) -> Any:

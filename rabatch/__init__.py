@@ -20,30 +20,39 @@ if TYPE_CHECKING:
     from rabatch.errors import RabatchError
     from rabatch.jobs.answer import answer
     from rabatch.jobs.build import build
+    from rabatch.jobs.run import run
+    from rabatch.pipeline import Pipeline
+    from rabatch.storage.answers import AnswerStore
     from rabatch.storage.store import IndexStore
 
 _EXPORTS = {
+    "AnswerStore": "rabatch.storage.answers",
     "BuildConfig": "rabatch.config",
     "GenerationSettings": "rabatch.config",
     "IndexStore": "rabatch.storage.store",
     "ModelConfig": "rabatch.config",
+    "Pipeline": "rabatch.pipeline",
     "RabatchError": "rabatch.errors",
     "Recipe": "rabatch.config",
     "Resources": "rabatch.config",
     "answer": "rabatch.jobs.answer",
     "build": "rabatch.jobs.build",
+    "run": "rabatch.jobs.run",
 }
 
 __all__ = [
+    "AnswerStore",
     "BuildConfig",
     "GenerationSettings",
     "IndexStore",
     "ModelConfig",
+    "Pipeline",
     "RabatchError",
     "Recipe",
     "Resources",
     "answer",
     "build",
+    "run",
 ]
 
 

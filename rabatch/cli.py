@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo | corpus | build | answer | inspect | verify | compact | gc`.
+"""The command line: `rabatch COMMAND`, with the commands of `_COMMANDS`.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_arguments, cli_store
+from rabatch import __version__, cli_answers, cli_arguments, cli_jobs, cli_report, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,build,answer,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,run,build,answer,answers,report,plan,submit,schedule,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +46,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(add("demo", _demo, "build and answer a small corpus, print a table", "--documents 2 --tokens 2048"))
     example = "--out corpus --documents 8 --tokens 8192 --questions 8"
     _add_corpus(add("corpus", _corpus, "write long documents with planted facts, and questions", example))
+    text = "run a pipeline: build what is new, answer what is not answered"
+    cli_arguments.add_run(add("run", _run, text, "pipeline.yaml"))
     example = "corpus/documents.jsonl --store index"
     cli_arguments.add_build(add("build", _build, "prefill documents and store their indexes", example))
     example = "corpus/questions.jsonl --store index --output answers"
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
+    cli_answers.add_command(add)
+    example = "--store index --answers answers --report-html report.html"
+    cli_report.add_arguments(add("report", cli_report.run, "write a page about what lies in the stores", example))
+    cli_jobs.add_commands(add)
     cli_store.add_commands(add)
     return parser
 
@@ -119,6 +125,12 @@ def _corpus(arguments: argparse.Namespace) -> int:
         counts = f"{written['documents']} documents ({written['tokens']:,} tokens), {written['questions']} questions"
         write_out(f"{counts}\n{written['paths']['documents']}\n{written['paths']['questions']}")
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rabatch.jobs.command import run_pipeline
+
+    return run_pipeline(arguments)
 
 
 def _build(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 from rabatch.config import (
+    CODECS,
     DTYPES,
     INDEX_KINDS,
     METHODS,
@@ -125,13 +126,32 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
+def add_observing(parser: argparse.ArgumentParser) -> None:
+    """`--no-progress` and `--report-html`."""
+    parser.add_argument("--no-progress", action="store_true", help="no progress on stderr")
+    parser.add_argument("--report-html", metavar="FILE", help="write a report with plots to this .html file")
+
+
 def add_store(parser: argparse.ArgumentParser, *, default: str = "") -> None:
     """`--store` and how to reach it. It must be given unless there is a `default`, which the help names."""
     text = "index store: a path or any fsspec URL" + (f" ({default})" if default else "")
     parser.add_argument("--store", required=not default, metavar="URL", help=text)
+    add_storage_options(parser)
+
+
+def add_storage_options(parser: argparse.ArgumentParser) -> None:
+    """`--storage-options`."""
     parser.add_argument(
         "--storage-options", type=_json_object, metavar="JSON", help='for fsspec, e.g. \'{"endpoint_url": "..."}\''
     )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The options of `rabatch run`."""
+    parser.add_argument("pipeline", help="the definition: a .yaml file, a path or fsspec URL")
+    parser.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    add_observing(parser)
+    add_common(parser)
 
 
 def add_build(parser: argparse.ArgumentParser) -> None:
@@ -155,10 +175,19 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    for of in ("key", "value"):
+        what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
+        group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
+    text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
+    group.add_argument("--head-pattern", metavar="PATH", help=text)
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
+    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
     )
+    add_observing(parser)
     add_common(parser)
 
 
@@ -167,7 +196,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", help=".jsonl or .parquet with question, and optionally question_id, document_id")
     add_store(parser)
     parser.add_argument(
-        "--output", metavar="URL", default="answers", help="folder for answers.parquet and .jsonl (answers)"
+        "--output", metavar="URL", default="answers", help="answers store; also answers.parquet and .jsonl (answers)"
     )
     parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
     _add_model(parser)
@@ -210,6 +239,9 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
+    text = "share of the searches whose recall is measured for reports and metrics"
+    _number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
+    add_observing(parser)
     add_common(parser)
 
 
@@ -229,10 +261,21 @@ def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._Ar
     group = parser.add_argument_group("resources")
     group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
     for pool in pools:
-        _number(group, pool, 0, "actors; 0: as many as there is room for")
+        text = "actors, or between MIN and MAX; 0: as many as there is room for (0)"
+        group.add_argument(pool, type=_pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
     _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
+    text = "main memory that Ray reserves for an actor that runs the model; 0: none"
+    _number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
+    group.add_argument("--max-failed-rows", type=int, metavar="N", help="stop when more rows fail (no limit)")
     return group
+
+
+def _pool(text: str) -> int | tuple[int, int]:
+    least, dash, most = text.partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise argparse.ArgumentTypeError("must be a number of actors, or MIN-MAX")
+    return (int(least), int(most)) if dash else int(least)
 
 
 def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
@@ -269,6 +312,11 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
+        key_codec=arguments.key_codec,
+        value_codec=arguments.value_codec,
+        head_pattern=arguments.head_pattern,
+        head_sparsity=arguments.sparsity,
+        head_threshold=arguments.threshold,
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")
@@ -310,7 +358,13 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
         "resources": _resources(
-            arguments, "answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes"
+            arguments,
+            "answer_actors",
+            "questions_per_batch",
+            "memory_bytes",
+            "cache_dir",
+            "cache_bytes",
+            "recall_share",
         ),
         **_shared_settings(arguments),
     }
@@ -330,9 +384,11 @@ def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "storage_options": arguments.storage_options,
         "model": model,
         "address": arguments.address,
+        "max_failed_rows": arguments.max_failed_rows,
     }
 
 
 def _resources(arguments: argparse.Namespace, *names: str) -> Resources:
     values = {name: getattr(arguments, name) for name in names}
-    return Resources(gpus_per_actor=arguments.gpus_per_actor, cpus_per_actor=arguments.cpus_per_actor, **values)
+    values |= {name: getattr(arguments, name) for name in ("gpus_per_actor", "cpus_per_actor", "actor_memory_bytes")}
+    return Resources(**values)

@@ -13,13 +13,15 @@ from rabatch.errors import IntegrityError
 from rabatch.storage.summaries import id_text
 
 JSON_COLUMNS = (
-    *("document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "sink_tokens"),
-    *("window_tokens", "dtype", "model", "created_at", "parts", "fingerprint", "content_sha256", "path", "metadata"),
+    *("document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "heads", "streaming_heads"),
+    *("sink_tokens", "window_tokens", "dtype", "model", "created_at", "parts", "fingerprint", "content_sha256"),
+    *("path", "metadata"),
 )
 TABLE_COLUMNS = (
-    *("document_id", "context_tokens", "stored_bytes", "index", "model", "dtype", "created_us", "fingerprint"),
+    *("document_id", "context_tokens", "stored_bytes", "index", "streaming_heads", "heads", "model", "dtype"),
+    *("created_us", "fingerprint"),
 )
-_HEADING = ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
+_HEADING = ("document", "tokens", "bytes", "index", "streaming", "model", "dtype", "built", "fingerprint")
 _NUMBERS = (1, 2)
 _ID_WIDTH = 40
 _DIGITS = 12  # shown of a fingerprint
@@ -88,23 +90,25 @@ def _joined(cells: list[pa.Array | str], between: str = "") -> list[str]:
 
 def _widths(table: pa.Table) -> list[int]:
     """Of the columns, in characters: at least what the cells take, without making each of them."""
-    widths = {"created_us": len(_WIDEST_AGE), "fingerprint": _DIGITS}
+    heads, streaming = (pc.max(table[name]).as_py() or 0 for name in ("heads", "streaming_heads"))
+    widths = {"created_us": len(_WIDEST_AGE), "fingerprint": _DIGITS, "streaming_heads": len(f"{streaming} of {heads}")}
     for name in ("context_tokens", "stored_bytes"):
         widths[name] = len(f"{pc.max(table[name]).as_py() or 0:,}")
     for name in ("document_id", "model", "index", "dtype"):
         widths[name] = min(_ID_WIDTH, pc.max(pc.binary_length(table[name])).as_py() or 0)
-    return [max(len(word), widths[name]) for word, name in zip(_HEADING, TABLE_COLUMNS, strict=True)]
+    cells = [name for name in TABLE_COLUMNS if name != "heads"]  # which stands in the same cell as those that stream
+    return [max(len(word), widths[name]) for word, name in zip(_HEADING, cells, strict=True)]
 
 
 def _cells(table: pa.Table, now: datetime) -> Iterator[list[pa.Array]]:
     """Texts, column by column, some rows at a time."""
     now_us = int(now.timestamp() * 1e6)
     for batch in table.select(TABLE_COLUMNS).to_batches(_BATCH_ROWS):
-        ids, tokens, size, index, model, dtype, created_us, fingerprint = batch.columns
+        ids, tokens, size, index, streaming, heads, model, dtype, created_us, fingerprint = batch.columns
         seconds = pc.divide(pc.subtract(pa.scalar(now_us), created_us), 1_000_000).dictionary_encode()
         ages = pa.array([_age(value) for value in seconds.dictionary.to_pylist()], _TEXT)
         yield [
-            *(_short(ids), _grouped(tokens), _grouped(size), index, _short(model), dtype),
+            *(_short(ids), _grouped(tokens), _grouped(size), index, _streaming(streaming, heads), _short(model), dtype),
             *(ages.take(seconds.indices), pc.utf8_slice_codeunits(fingerprint, 0, _DIGITS)),
         ]
 
@@ -115,6 +119,12 @@ def _short(column: pa.Array) -> pa.Array:
         return column.cast(_TEXT)
     cut = [text if len(text) <= _ID_WIDTH else text[: _ID_WIDTH - 3] + "..." for text in _texts(column)]
     return pa.array([text.encode("utf-8", "backslashreplace").decode() for text in cut], _TEXT)
+
+
+def _streaming(some: pa.Array, every: pa.Array) -> pa.Array:
+    """How many of all heads stream, or a dash."""
+    texts = pc.binary_join_element_wise(some.cast(_TEXT), every.cast(_TEXT), pa.scalar(" of ", _TEXT))
+    return pc.if_else(pc.greater(some, 0), texts, pa.scalar("-", _TEXT))
 
 
 def _grouped(column: pa.Array) -> pa.Array:

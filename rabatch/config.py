@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from rabatch.errors import ConfigError
 
@@ -13,6 +15,9 @@ Method = Literal["dense", "streaming", "flat", "graph", "scan", "auto"]
 METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "auto")
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
 INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
+
+Codec = Literal["none", "int8", "int4", "kivi2"]
+CODECS: tuple[Codec, ...] = ("none", "int8", "int4", "kivi2")
 
 
 class _Checked:
@@ -114,6 +119,15 @@ class BuildConfig(_Checked):
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
+        key_codec, value_codec: How keys and values of the index are encoded, the static set left as it is: ``"none"``,
+            ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in KIVI's groups of 32: keys of
+            one channel, values of one token).
+        head_pattern: Which KV heads keep the whole context; the others, streaming heads, keep the static set only
+            (DuoAttention). A folder with gates in the published form, or a row per layer of gates, or of true and
+            false. Read when the object is made, which then holds true and false. None: all heads do.
+        head_sparsity, head_threshold: What makes true and false of gates (`rabatch.head_pattern.resolve`): the share
+            of the heads that stream, those with the lowest gates; or the least gate that keeps the context. None once
+            they are.
     """
 
     sink_tokens: int = 128
@@ -126,14 +140,22 @@ class BuildConfig(_Checked):
     zone_tokens: int = 64
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
+    key_codec: Codec = "none"
+    value_codec: Codec = "none"
+    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float]] | None = None
+    head_sparsity: float | None = None
+    head_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
+        self._resolve_heads()
         self._at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", INDEX_KINDS)
         self._one_of("kv_dtype", ("auto", *DTYPES))
+        self._one_of("key_codec", CODECS)
+        self._one_of("value_codec", CODECS)
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
 
@@ -141,10 +163,35 @@ class BuildConfig(_Checked):
         """Whether the index has a ``"graph"`` or ``"scan"``."""
         return kind in self.index.split("+")
 
+    def streaming_heads(self, layer: int) -> tuple[int, ...]:
+        """Numbers of the KV heads of a layer that keep only the static set."""
+        rows = cast("Sequence[Sequence[bool]] | None", self.head_pattern)
+        return () if rows is None else tuple(head for head, kept in enumerate(rows[layer]) if not kept)
+
+    def _resolve_heads(self) -> None:
+        if self.head_pattern is None:
+            for name in ("head_sparsity", "head_threshold"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(name, getattr(self, name), "needs a head_pattern with gates")
+            return
+        from rabatch.head_pattern import pattern_of
+
+        source = os.fspath(self.head_pattern) if isinstance(self.head_pattern, os.PathLike) else self.head_pattern
+        pattern = pattern_of(source, sparsity=self.head_sparsity, threshold=self.head_threshold)
+        for name, value in (("head_pattern", pattern), ("head_sparsity", None), ("head_threshold", None)):
+            object.__setattr__(self, name, value)
+
     def stored_fields(self) -> dict[str, Any]:
         """The fields that change stored numbers."""
         fields = self.to_dict()
+        rows = cast("Sequence[Sequence[bool]] | None", fields.pop("head_pattern"))
+        del fields["head_sparsity"], fields["head_threshold"]
+        if rows is not None and not all(map(all, rows)):  # without a streaming head all is as without a pattern
+            fields["head_pattern"] = [list(row) for row in rows]
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
+        for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
+            if fields[name] == "none":
+                del fields[name]
         if not self.builds("graph"):
             del fields["graph"]
         if self.index == "none":
@@ -240,12 +287,15 @@ class GenerationSettings(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(_Checked):
-    """What the jobs take of the cluster. 0 for an actor count: as many as the cluster has room for.
+    """What the jobs take of the cluster.
 
     Args:
-        prefill_actors, graph_actors, answer_actors: Pool sizes.
+        prefill_actors, graph_actors, answer_actors: Pool sizes: a number, or (least, most), between which Ray scales
+            with the work. 0: as many as the cluster has room for.
         gpus_per_actor: GPUs of one prefill or answer actor. None: 1 if the model runs on CUDA, else 0.
         cpus_per_actor: Logical CPUs of one actor; also its threads.
+        actor_memory_bytes: Main memory that Ray reserves for one prefill or answer actor. 0: none, but there are no
+            more actors by default than the machines have memory for, by 1.5 times the model's weights and 1 GiB each.
         questions_per_batch: Questions of one document decoded together; as one ends, the next begins. Up to four times
             as many where the document is larger than `memory_bytes`.
         memory_bytes: Of opened indexes that one answer actor holds in memory. 0: half of what the machine has left,
@@ -253,22 +303,32 @@ class Resources(_Checked):
         cache_dir: Folder on each machine where parts of a store elsewhere are kept for all of its answer actors. None:
             ``~/.cache/rabatch/parts``.
         cache_bytes: Of all parts in it together. None: a quarter of what its disk has free; 0: no cache.
+        recall_share: Share of the searches of answering of which recall is measured, for reports and metrics; it
+            changes no answer. Each reads all keys of one KV head and layer.
     """
 
-    prefill_actors: int = 0
-    graph_actors: int = 0
-    answer_actors: int = 0
+    prefill_actors: int | tuple[int, int] = 0
+    graph_actors: int | tuple[int, int] = 0
+    answer_actors: int | tuple[int, int] = 0
     gpus_per_actor: float | None = None
     cpus_per_actor: int = 1
+    actor_memory_bytes: int = 0
     questions_per_batch: int = 16
     memory_bytes: int = 0
     cache_dir: str | None = None
     cache_bytes: int | None = None
+    recall_share: float = 0.0
 
     def __post_init__(self) -> None:
-        self._at_least(0, "prefill_actors", "graph_actors", "answer_actors")
-        if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
-            raise ConfigError("memory_bytes", self.memory_bytes, "must be a whole number of bytes, or 0")
+        self._at_least(0, "recall_share")
+        if self.recall_share > 1:
+            raise ConfigError("recall_share", self.recall_share, "must be in [0, 1]")
+        for name in ("prefill_actors", "graph_actors", "answer_actors"):
+            object.__setattr__(self, name, _pool(name, getattr(self, name)))
+        for name in ("memory_bytes", "actor_memory_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(name, value, "must be a whole number of bytes, or 0")
         if self.cache_bytes is not None and (type(self.cache_bytes) is not int or self.cache_bytes < 0):
             raise ConfigError("cache_bytes", self.cache_bytes, "must be a whole number of bytes, or 0 for no cache")
         if self.cache_dir is not None and (not self.cache_dir or "://" in self.cache_dir or "\0" in self.cache_dir):
@@ -276,3 +336,13 @@ class Resources(_Checked):
         self._at_least(1, "cpus_per_actor", "questions_per_batch")
         if self.gpus_per_actor is not None:
             self._at_least(0, "gpus_per_actor")
+
+
+def _pool(name: str, size: Any) -> int | tuple[int, int]:
+    """A pool's size as it is kept: lists, as YAML has them, become tuples."""
+    bounds = (size, size) if type(size) is int else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(bounds) != 2 or any(type(bound) is not int for bound in bounds) or not 0 <= bounds[0] <= bounds[1]:
+        raise ConfigError(name, size, "must be a number of actors >= 0, or [least, most]")
+    if bounds[0] == 0 and type(size) is not int:
+        raise ConfigError(name, size, "least must be 1 or more")
+    return size if type(size) is int else (bounds[0], bounds[1])

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rabatch.attention.coded import CodedRows
 from rabatch.attention.layer import ContextLayer
+from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreError
@@ -24,6 +26,7 @@ from rabatch.loading import LoadedModel
 from rabatch.memory import LayerPool, StoredLayer
 from rabatch.selectors import methods_of, open_indexes
 from rabatch.storage.failures import REBUILD
+from rabatch.storage.joining import decoded
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
@@ -39,6 +42,7 @@ class OpenContext:
     Attributes:
         layers: One per layer, in memory or loaded when asked for; answering never changes them.
         token_ids: int64 [context_tokens], on the CPU.
+        recall: Looks at some of the searches.
     """
 
     manifest: Manifest
@@ -46,6 +50,7 @@ class OpenContext:
     layers: Layers
     token_ids: Tensor
     tokens: TokensBlock
+    recall: RecallSampler | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +119,9 @@ def open_context(
     def read(number: int) -> ContextLayer:
         with _naming(manifest):
             # Once: a digest takes longer than all the rest of reading a part from the page cache.
-            block = store.read_layer(manifest, number, check="once")
-            layer = _context_layer(block, manifest, recipe, loaded, threads)
+            keeping = store.read_heads(manifest, number, streaming=False, check="once")
+            streaming = store.read_heads(manifest, number, streaming=True, check="once")
+            layer = _whole_layer(keeping, streaming, manifest, recipe, loaded, threads)
         if not manifest.geometry.sliding_windows[number]:
             layer.prepare(recipe)  # what is made now counts among the layer's bytes, and no pass waits for it
         return layer
@@ -140,7 +146,9 @@ def _stored_layers(manifest: Manifest, recipe: Recipe, loaded: LoadedModel, thre
     for layer, _, _, nbytes in parts:
         if layer >= 0:
             stored[layer] += nbytes
-    kinds = [(recipe, bool(window)) for window in manifest.geometry.sliding_windows]
+    geometry = manifest.geometry
+    streaming = [len(geometry.heads(number, streaming=True)) for number in range(geometry.n_layers)]
+    kinds = [(recipe, bool(window), some) for window, some in zip(geometry.sliding_windows, streaming, strict=True)]
     return [StoredLayer(owner, number, nbytes, kinds[number]) for number, nbytes in enumerate(stored)]
 
 
@@ -170,15 +178,48 @@ def check_identity(manifest: Manifest, loaded: LoadedModel) -> None:
     )
 
 
+def _whole_layer(
+    keeping: LayerBlock | None,
+    streaming: LayerBlock | None,
+    manifest: Manifest,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    threads: int,
+) -> ContextLayer:
+    """One layer of the heads that keep every token and of those that stream, of which there may be none."""
+    device = loaded.config.device
+    others = None
+    if streaming is not None:
+        start, gap = manifest.index_start, manifest.index_stop - manifest.index_start
+        keys, values = streaming.keys.to(device), streaming.values.to(device)
+        none = np.zeros(streaming.n_heads, np.int64)
+        others = ContextLayer(keys, values, 0, start, start, none, left_out=gap)
+    if keeping is None:
+        assert others is not None  # a layer has heads
+        return others
+    layer = _context_layer(keeping, manifest, recipe, loaded, threads)
+    if others is None:
+        return layer
+    places = (manifest.geometry.heads(keeping.layer, streaming=some) for some in (False, True))
+    mine, theirs = (torch.tensor(heads, device=device) for heads in places)
+    return dataclasses.replace(layer, heads=mine, streaming=dataclasses.replace(others, heads=theirs))
+
+
 def _context_layer(
     block: LayerBlock, manifest: Manifest, recipe: Recipe, loaded: LoadedModel, threads: int
 ) -> ContextLayer:
     sliding = manifest.geometry.sliding_windows[block.layer]
-    rows = block.keys.shape[1]
+    rows = block.rows
     start, stop = (rows, rows) if sliding else (manifest.index_start, manifest.index_stop)
     device = loaded.config.device
-    n_kv, full = manifest.geometry.n_kv_heads, [i for i, w in enumerate(manifest.geometry.sliding_windows) if not w]
-    methods = methods_of(recipe, manifest.geometry) if stop > start else []
+    if block.key_codes is not None and block.key_codes.codec != "int8":
+        block = decoded(block, ("key",))  # a search would need the steps of 32 keys for every one that it scores
+    coded = (None if c is None else CodedRows.of(c, start, device) for c in (block.key_codes, block.value_codes))
+    key_codes, value_codes = coded
+    geometry, n_kv = manifest.geometry, block.n_heads
+    keeping = (bool(geometry.heads(number, streaming=False)) for number in range(geometry.n_layers))
+    full = [i for i, (w, some) in enumerate(zip(geometry.sliding_windows, keeping, strict=True)) if some and not w]
+    methods = methods_of(recipe, geometry) if stop > start else []
     retrieving = bool(methods)
     budget = np.zeros(n_kv, np.int64)
     if retrieving:
@@ -197,4 +238,6 @@ def _context_layer(
         budget=budget,
         indexes=open_indexes(methods, recipe, block, np.flatnonzero(budget), start, stop, threads=threads),
         zones=block.zones if retrieving and recipe.estimate is not False else None,
+        key_codes=key_codes,
+        value_codes=value_codes,
     )

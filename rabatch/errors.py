@@ -65,3 +65,7 @@ class IntegrityError(StoreError):
 
 class FingerprintError(StoreError):
     """An index belongs to another model, dtype, template or recipe."""
+
+
+class FailedRowsError(RabatchError):
+    """More rows failed than the run may lose; what is committed stays."""

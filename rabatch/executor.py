@@ -59,6 +59,7 @@ class Executor:
             slots=slots,
             recipe=recipe,
             device=context.loaded.config.device,
+            recall=context.recall,
         )
         self._cache = PassingCache(len(context.layers), len(context.token_ids))
 

@@ -61,3 +61,15 @@ ANSWERS = pa.schema(
         pa.field("fingerprint", pa.string()),
     ]
 )
+
+EXPORTED_ANSWERS = pa.schema([*ANSWERS, pa.field("run", pa.int64()), pa.field("answered_at", pa.string())])
+"""Columns of what `rabatch answers` writes: which run of the answers store a row is of, and when that was committed."""
+
+STORED_ANSWERS = pa.schema(
+    [
+        *ANSWERS,
+        pa.field("content_sha256", pa.string()),  # of the document's text that was asked; null: it was not asked
+        pa.field("answer_key", pa.string(), nullable=False),  # `storage.answers.answer_key` or `failure_key`
+    ]
+)
+"""Columns of an answers store's parts."""

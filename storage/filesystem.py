@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import mmap
 import os
 import random
 import secrets
@@ -127,6 +128,15 @@ class Folder:
             self._run(path, lambda: _write_local(full, data, os.replace))
         else:
             self._run(path, lambda: self._fs.pipe_file(full, bytes(data)))
+
+    def put(self, path: str, source: str) -> None:
+        """As `write` of the file `source` of this machine's disk, which may be larger than memory."""
+        full = self._full(path)
+        if self._local:
+            with open(source, "rb") as file, _mapped(file) as data:
+                self._run(path, lambda: _write_local(full, data, os.replace))
+        else:
+            self._run(path, lambda: self._fs.put_file(source, full))
 
     def create(self, path: str, data: bytes | memoryview) -> bool:
         """Put-if-absent: of several writers with different data exactly one gets True.
@@ -276,6 +286,16 @@ class Folder:
                     raise store_error(error, f"{self.url.rstrip('/')}/{path}") from error
             time.sleep(_FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _mapped(file: BinaryIO) -> Iterator[memoryview]:
+    """A file's bytes, read by need."""
+    if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
+        yield memoryview(b"")
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+        yield view
 
 
 def _read_local(full: str, start: int, stop: int | None) -> bytes:

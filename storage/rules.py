@@ -8,8 +8,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rabatch.config import DTYPES, INDEX_KINDS
+from rabatch.config import CODECS, DTYPES, INDEX_KINDS
 from rabatch.errors import IntegrityError
+from rabatch.storage.codecs import GROUP, Of, code_width, group_width
 from rabatch.storage.failures import REBUILD
 
 if TYPE_CHECKING:
@@ -39,10 +40,13 @@ _GEOMETRY_TYPES: dict[str, type] = {
     **dict.fromkeys(("kv_dtype", "index"), str),
     "sliding_windows": list,
 }
+_GEOMETRY_OPTIONAL: dict[str, type] = {"streaming_heads": list}
 _PART_TYPES: dict[str, type] = {
     **dict.fromkeys(("bytes", "rows", "layer", "head_start", "head_stop"), int),
     **dict.fromkeys(("kind", "path", "sha256"), str),
 }
+OPTIONAL_PART_TYPES: dict[str, type] = {"key_codec": str, "value_codec": str}
+"""Absent of a part that has none."""
 
 
 def _refuse(name: str, where: str, value: object, fix: str) -> NoReturn:
@@ -52,14 +56,19 @@ def _refuse(name: str, where: str, value: object, fix: str) -> NoReturn:
 def check_types(name: str, values: dict[str, Any]) -> None:
     """Raise IntegrityError, naming the field, unless exactly the format's fields are there, each of its type."""
     _check_fields(name, values, _MANIFEST_TYPES)
-    _check_fields(name, values["geometry"], _GEOMETRY_TYPES, "geometry.")
+    there = {key: kind for key, kind in _GEOMETRY_OPTIONAL.items() if key in values["geometry"]}
+    _check_fields(name, values["geometry"], _GEOMETRY_TYPES | there, "geometry.")
     windows = values["geometry"]["sliding_windows"]
     if any(type(window) is not int for window in windows):
         _refuse(name, "geometry.sliding_windows", windows, "must be whole numbers")
+    streaming = values["geometry"].get("streaming_heads", [])
+    if any(type(heads) is not list or any(type(head) is not int for head in heads) for heads in streaming):
+        _refuse(name, "geometry.streaming_heads", streaming, "must be an array of whole numbers for each layer")
     for i, part in enumerate(values["parts"]):
         if not isinstance(part, dict):
             _refuse(name, f"parts[{i}]", part, "must be an object")
-        _check_fields(name, part, _PART_TYPES, f"parts[{i}].")
+        optional = {key: kind for key, kind in OPTIONAL_PART_TYPES.items() if key in part}
+        _check_fields(name, part, _PART_TYPES | optional, f"parts[{i}].")
 
 
 def check_rules(name: str, manifest: Manifest, fingerprint: str) -> None:
@@ -129,6 +138,13 @@ def _check_geometry(geometry: Geometry, rule: Rule) -> None:
         windows,
         f"must be one number >= 0 for each of {geometry.n_layers} layers",
     )
+    streaming = geometry.streaming_heads
+    sound = len(streaming) in (0, geometry.n_layers) and all(
+        not heads or (not window and _ascending(heads, geometry.n_kv_heads))
+        for heads, window in zip(streaming, windows, strict=False)
+    )
+    fix = f"must be, for each of {geometry.n_layers} layers, ascending heads; none where the layer has a window"
+    rule(sound, "geometry.streaming_heads", streaming, fix)
 
 
 def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
@@ -136,6 +152,9 @@ def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
     rule(part.kind in ("layer", "tokens"), f"{where}.kind", part.kind, "must be layer or tokens")
     rule(bool(_PART_PATH.fullmatch(part.path)), f"{where}.path", part.path, "must lie below parts/ of this store")
     rule(bool(_SHA256.fullmatch(part.sha256)), f"{where}.sha256", part.sha256, "must be 64 hexadecimal digits")
+    codecs: tuple[tuple[Of, str], ...] = (("key", part.key_codec), ("value", part.value_codec))
+    for of, codec in codecs:
+        rule(codec in CODECS, f"{where}.{of}_codec", codec, f"must be one of {', '.join(CODECS)}")
     if part.kind == "tokens":
         place = (part.layer, part.head_start, part.head_stop)
         rule(place == (-1, 0, 0), f"{where}.layer", place, "a tokens part has layer -1 and no heads")
@@ -144,10 +163,23 @@ def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
         rule(0 <= part.layer < geometry.n_layers, f"{where}.layer", part.layer, f"must be in [0, {geometry.n_layers})")
         heads = (part.head_start, part.head_stop)
         rule(0 <= heads[0] < heads[1] <= geometry.n_kv_heads, f"{where}.head_start", heads, "must be a range of heads")
-        rows = manifest.layer_rows(part.layer)
-        low = (heads[1] - heads[0]) * rows * 2 * geometry.head_dim * ITEM_BYTES[geometry.kv_dtype]
+        streaming = geometry.streaming_among(part.layer, range(*heads))
+        rule(streaming in (0, heads[1] - heads[0]), f"{where}.head_start", heads, "all or none of them must stream")
+        rows = manifest.stored_rows(part.layer, streaming=streaming > 0)
+        low = (heads[1] - heads[0]) * sum(_least_bytes(manifest, rows, of, codec) for of, codec in codecs)
     rule(part.rows == rows, f"{where}.rows", part.rows, f"must be {rows}")
     rule(low < part.bytes <= _MAX_PART_BYTES, f"{where}.bytes", part.bytes, f"must be in ({low}, {_MAX_PART_BYTES}]")
+
+
+def _least_bytes(manifest: Manifest, rows: int, of: Of, codec: str) -> int:
+    """Of the keys or values of one head in so many rows."""
+    geometry = manifest.geometry
+    row_bytes = geometry.head_dim * ITEM_BYTES[geometry.kv_dtype]
+    if codec == "none":
+        return rows * row_bytes
+    indexed = manifest.index_stop - manifest.index_start
+    groups = -(-indexed // GROUP) * group_width(codec, of, geometry.head_dim)
+    return max(rows - indexed, 0) * row_bytes + indexed * code_width(codec, of, geometry.head_dim) + groups
 
 
 def _check_coverage(manifest: Manifest, rule: Rule) -> None:
@@ -164,3 +196,7 @@ def _check_coverage(manifest: Manifest, rule: Rule) -> None:
     for layer, stop in enumerate(stops):
         what = f"layer {layer}: must cover {manifest.geometry.n_kv_heads} heads"
         rule(stop == manifest.geometry.n_kv_heads, "parts", stop, what)
+
+
+def _ascending(heads: tuple[int, ...], n_heads: int) -> bool:
+    return list(heads) == sorted({*heads}) and heads[0] >= 0 and heads[-1] < n_heads

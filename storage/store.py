@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rabatch.errors import DocumentError, FormatVersionError, IntegrityError, StoreError
+from rabatch.errors import DocumentError, IntegrityError, StoreError
 from rabatch.storage.cache import PartCache
 from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import FORMAT_VERSION, Manifest, Part, document_key, manifest_path
+from rabatch.storage.marker import check_marker, create_marker
 from rabatch.storage.reading import Check, PartReader
 from rabatch.storage.rules import MAX_MANIFEST_BYTES
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 OnError = Callable[[str, StoreError], None]
 MARKER = "rabatch-store.json"
 WITHDRAWN = "withdrawn"
-_MARKER_TEXT = json.dumps({"format": "rabatch", "format_version": FORMAT_VERSION})
 _MANIFEST_READERS = 16  # a manifest is one round trip; their latency adds up
 
 
@@ -67,8 +66,9 @@ class IndexStore:
         parts = None if cache is None or self.folder.is_local else PartCache(cache, cache_bytes)
         self._parts = PartReader(self.folder, parts)
         if create:
-            self._create_marker()
-        self._check_marker()
+            create_marker(self.folder, MARKER, "rabatch", FORMAT_VERSION)
+        missing = "is no rabatch store; build one there first (rabatch build), or correct the path"
+        check_marker(self.folder, MARKER, "rabatch", FORMAT_VERSION, field="store", missing=missing)
 
     def __repr__(self) -> str:
         return f"IndexStore({self.url!r})"
@@ -91,6 +91,8 @@ class IndexStore:
             layer=block.layer,
             head_start=block.head_start,
             head_stop=block.head_stop,
+            key_codec=block.codecs[0],
+            value_codec=block.codecs[1],
             **self._put(path, data),
         )
 
@@ -232,7 +234,7 @@ class IndexStore:
         """Keys, values and graph of a layer, joined over its parts.
 
         Args:
-            heads: Consecutive KV heads; all by default.
+            heads: Consecutive KV heads that all stream or all do not; all by default. See `read_heads`.
             check: Compare each part's SHA-256 with the manifest's, of the bytes in the store itself. Without it a
                 changed byte may pass unnoticed, but only the bytes of the wanted heads are read. ``"once"``: through
                 the cache; or, on a local disk, unless this store has read the part before, found it right, and the
@@ -240,21 +242,39 @@ class IndexStore:
 
         Raises:
             IntegrityError: A part is missing, changed, or belongs elsewhere.
+            StoreError: There is no such layer or head, or some of the heads stream and some do not.
         """
-        from rabatch.storage.joining import join
-
         n_heads = manifest.geometry.n_kv_heads
         heads = range(n_heads) if heads is None else heads
         if not 0 <= layer < manifest.geometry.n_layers:
             raise StoreError("layer", layer, f"must be in [0, {manifest.geometry.n_layers})")
         if len(heads) == 0 or heads.step != 1 or heads.start < 0 or heads.stop > n_heads:
             raise StoreError("heads", heads, f"must be a non-empty range within {n_heads} KV heads")
-        parts = [p for p in manifest.parts if p.kind == "layer" and p.layer == layer]
+        streaming = manifest.geometry.streaming_among(layer, heads)
+        if streaming not in (0, len(heads)):
+            raise StoreError("heads", heads, f"only {streaming} of these heads of layer {layer} stream; use read_heads")
+        return self._joined(manifest, layer, heads, check)
+
+    def read_heads(self, manifest: Manifest, layer: int, *, streaming: bool, check: Check = True) -> LayerBlock | None:
+        """All streaming heads of a layer, which hold the static set only, or all others; None if there are none.
+
+        They are numbered by their place in `Geometry.heads`. `check` and errors as of `read_layer`.
+        """
+        heads = manifest.geometry.heads(layer, streaming=streaming)
+        return self._joined(manifest, layer, heads, check) if heads else None
+
+    def _joined(self, manifest: Manifest, layer: int, heads: Sequence[int], check: Check) -> LayerBlock:
+        from rabatch.storage.joining import join
+
+        parts = [p for p in manifest.parts if p.kind == "layer" and p.layer == layer and p.head_start <= heads[-1]]
         blocks = []
         for part in sorted(parts, key=lambda p: p.head_start):
-            wanted = range(max(heads.start, part.head_start), min(heads.stop, part.head_stop))
+            wanted = [
+                head for head in heads if part.head_start <= head < part.head_stop
+            ]  # in a part they are of a kind
             if wanted:
-                blocks.append(self.read_part(manifest, part, heads=wanted, check=check))
+                some = range(wanted[0], wanted[-1] + 1)
+                blocks.append(self.read_part(manifest, part, heads=some, check=check))
         return blocks[0] if len(blocks) == 1 else join(manifest, blocks)
 
     def read_part(
@@ -286,32 +306,6 @@ class IndexStore:
             shown = len(tokens.positions)
             raise IntegrityError(f"{part.path}: position", shown, f"must be 0 to {manifest.context_tokens - 1}")
         return tokens
-
-    def _create_marker(self) -> None:
-        if not self.folder.create(MARKER, f"{_MARKER_TEXT}\n".encode()):
-            return
-        # A server that ignores the condition of the put would let two builds overwrite each other. Ask it now.
-        if self.folder.create(MARKER, f"{_MARKER_TEXT} \n".encode()):
-            fix = "the server ignores If-None-Match, so commits would not be safe; use S3 or a server that honours it"
-            raise StoreError("store", self.url, fix)
-
-    def _check_marker(self) -> None:
-        try:
-            text = self.folder.read(MARKER, max_bytes=MAX_MANIFEST_BYTES)
-        except MissingFileError as error:
-            fix = "is no rabatch store; build one there first (rabatch build), or correct the path"
-            raise StoreError("store", self.url, fix) from error
-        try:
-            values = json.loads(text)
-            known = values["format"] == "rabatch"
-        except (ValueError, TypeError, KeyError, RecursionError):
-            known, values = False, {}
-        if not known:
-            raise IntegrityError(f"{self.url}/{MARKER}", text[:60], "is not the marker of a rabatch store")
-        version = values.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            fix = f"this rabatch reads format {FORMAT_VERSION}; use the version that wrote it, or build again"
-            raise FormatVersionError(f"{self.url}: format_version", version, fix)
 
     def _put(self, path: str, data: pa.Buffer) -> dict[str, Any]:
         view = memoryview(data)

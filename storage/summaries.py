@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
             ("dtype", pa.string()),
             ("index", pa.string()),
             ("degree", pa.int64()),
+            ("heads", pa.int64()),  # KV heads of all layers
+            ("streaming_heads", pa.int64()),  # of them, those that keep the static set only
             ("sink_tokens", pa.int64()),
             ("window_tokens", pa.int64()),
             ("context_tokens", pa.int64()),
@@ -56,9 +58,11 @@ def summarise(manifest: Manifest, tag: str) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "model": str(manifest.stats.get("model", "")).encode("utf-8", "backslashreplace").decode(),
         "model_sha256": model_digest(manifest),
-        "dtype": shape.kv_dtype,
+        "dtype": shape.kv_dtype if manifest.codecs == "none" else f"{shape.kv_dtype} {manifest.codecs}",
         "index": shape.index,
         "degree": shape.degree,
+        "heads": shape.n_layers * shape.n_kv_heads,
+        "streaming_heads": sum(map(len, shape.streaming_heads)),
         "sink_tokens": shape.sink_tokens,
         "window_tokens": shape.window_tokens,
         "context_tokens": manifest.context_tokens,
@@ -93,9 +97,14 @@ def attempts_of(manifest: Manifest) -> set[str]:
 
 
 def model_digest(manifest: Manifest) -> str:
-    """What tells models apart that an index is served to: SHA-256 of that part of the fingerprint's fields."""
-    fields = json.dumps(manifest.fingerprint_fields.get("model"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(fields.encode()).hexdigest()
+    """What tells models apart that an index is served to."""
+    return digest_of(manifest.fingerprint_fields.get("model"))
+
+
+def digest_of(model_fields: dict[str, Any] | None) -> str:
+    """SHA-256 of the model's part of a fingerprint's fields."""
+    text = json.dumps(model_fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

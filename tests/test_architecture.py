@@ -19,13 +19,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"rabatch": "rabatch", "index": "rabatch.index", "storage": "rabatch.storage", "jobs": "rabatch.jobs"}
-BASE = ("rabatch.errors", "rabatch.config", "rabatch.records")
+BASE = ("rabatch.errors", "rabatch.config", "rabatch.head_pattern", "rabatch.records")
 MAX_LINES = 400
 
 # Modules of the engine that may import `rabatch.jobs`, and why.
 IMPORTS_JOBS = {
     "rabatch": "exports rabatch.build and rabatch.answer, imported when first used",
     "rabatch.cli": "every command imports what it runs",
+    "rabatch.cli_jobs": "as rabatch.cli",
     "rabatch.demo.run": "runs both jobs as a user would",
 }
 HEAVY = ("torch", "ray", "transformers")
@@ -264,6 +265,7 @@ def test_help_loads_nothing_heavy():
 
 def test_listing_a_store_loads_nothing_heavy():
     modules = "rabatch.cli_store, rabatch.storage.compaction, rabatch.storage.garbage, rabatch.storage.superseded"
+    modules += ", rabatch.cli_answers, rabatch.storage.answers, rabatch.exporting, rabatch.pipeline"
     assert loaded_by(f"import {modules}", HEAVY) == set()
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import rabatch
+from rabatch.demo.corpus import write_corpus
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.timeout(600)  # Ray's start alone takes a minute on a busy machine
@@ -93,3 +96,18 @@ def test_a_key_index_alone(tmp_path):
     assert 0.97 < share <= 1
     assert lines[3].startswith("8202 keys with 10 inserted")
     assert lines[3].endswith("loads as saved: True")
+
+
+def test_the_pipeline_is_the_defaults_but_for_what_it_says():
+    pipeline = rabatch.Pipeline.from_yaml(EXAMPLES / "pipeline.yaml")
+    places = {name: getattr(pipeline, name) for name in ("documents", "questions", "store", "answers")}
+    assert pipeline == rabatch.Pipeline(**places, max_failed_rows=100)
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs(local_ray, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus("corpus", n_documents=1, tokens=1024, n_questions=4)
+    pipeline = rabatch.Pipeline.from_yaml(EXAMPLES / "pipeline.yaml")
+    result = rabatch.run(pipeline, progress=False)
+    assert (result.build.built, result.answers.answered, result.exit_code) == (1, 4, 0)

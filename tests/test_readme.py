@@ -28,6 +28,7 @@ SESSION = (
     "rabatch corpus --out corpus --documents 8 --tokens 8192 --questions 8",
     "rabatch build corpus/documents.jsonl --store index",
     "rabatch answer corpus/questions.jsonl --store index --output answers",
+    "rabatch answers --answers answers --out answers.csv",
     "rabatch inspect --store index",
     "rabatch verify --store index",
 )
@@ -36,6 +37,7 @@ SMALLER = {"--documents": "2", "--tokens": "1024", "--questions": "2"}
 # Not run here, and what runs it.
 ELSEWHERE = {
     "make demo": "the Makefile's target; its command is run, smaller, by tests/test_packaging.py",
+    "rabatch run examples/pipeline.yaml": "tests/test_examples.py runs this definition",
     "make test": "the Makefile's target, which runs this test",
     "pip install -c constraints.txt .": "tests/test_packaging.py installs the wheel that this builds",
     "pip install -c constraints.txt '.[s3]'": "the extra's packages are in `dev`, which make test installs",

@@ -12,9 +12,10 @@ from torch import Tensor
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.overlay import Overlays
+from rabatch.attention.recall import RecallSampler
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.sets import Found, attend_sets
-from rabatch.attention.shared import attend_all
+from rabatch.attention.shared import attend_several
 from rabatch.attention.step import attend_compiled
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
@@ -30,7 +31,8 @@ class Seen(NamedTuple):
         mass: [context_tokens], float32: where the attention of its answering tokens went, summed over heads and tokens.
         attended_share: Context keys attended / context keys, mean over tokens, query heads and full-attention layers.
         mass_share: Softmax mass held by the keys attended, mean likewise; of the mass of the others the estimate by
-            zones counts. None: nothing was estimated, so it is not known, or no layer has full attention.
+            zones counts, and what streaming heads do not keep has none. None: nothing was estimated, so it is not
+            known, or no layer has full attention.
     """
 
     mass: np.ndarray
@@ -47,6 +49,7 @@ class QuestionAttention:
         slots: Questions under way at the same time, at most.
         recipe: What generated and question tokens attend.
         device: Of the model.
+        recall: Looks at some of the searches.
 
     Attributes:
         compiled: Whether compiled kernels attend: on the CPU. Elsewhere torch does, with the same output; where
@@ -61,8 +64,10 @@ class QuestionAttention:
         slots: int,
         recipe: Recipe,
         device: torch.device | str = "cpu",
+        recall: RecallSampler | None = None,
     ) -> None:
         self.layers = layers
+        self.recall = recall
         self.context_tokens = context_tokens
         self.recipe = recipe
         device = torch.device(device)
@@ -121,12 +126,16 @@ class QuestionAttention:
         grouped = call.query.reshape(batch, n_kv, heads // n_kv, q_tokens, dim)
         layer = self.layers[call.layer]
         states = self.tails.append(call.layer, call.key, call.value)
-        if not call.sliding_window and not self._exact:
-            return self._sparse(call, layer, grouped.transpose(0, 1), states).to(call.query.dtype)
+        if not call.sliding_window:
+            self._queries[self._slots] += self.tails.counts.cpu().numpy()
+            if not self._exact:
+                return self._sparse(call, layer, grouped, states).to(call.query.dtype)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         tail = self._tail(call, grouped, states)
-        whole = self._sliding if call.sliding_window else self._dense
-        out = merge([tail, whole(call, layer, rows, tail)]).out
+        if call.sliding_window:
+            out = merge([tail, self._sliding(call, layer, rows)]).out
+        else:
+            out = self._dense(call, layer, rows, tail)
         out = out.reshape(n_kv, batch, -1, q_tokens, dim).transpose(0, 1).reshape(batch, heads, q_tokens, dim)
         return out.transpose(1, 2).to(call.query.dtype)
 
@@ -138,8 +147,29 @@ class QuestionAttention:
             method != "streaming" and self._question and self.recipe.question_attention == "exact"
         )
 
-    def _sparse(self, call: AttentionCall, layer: ContextLayer, queries: Tensor, tail: tuple[Tensor, Tensor]) -> Tensor:
-        """Static set, found keys and tail; `queries` are [n_kv, batch, group, q_tokens, dim]."""
+    def _sparse(
+        self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, states: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Static set, found keys and tail; `grouped` queries are [batch, n_kv, group, q_tokens, dim]."""
+        if layer.streaming is None:
+            return self._sparse_group(call, layer, 0, grouped, states)
+        self.overlays.groups[call.layer] = tuple(group.heads for group in layer.groups)
+        batch, n_kv, _, q_tokens, _ = grouped.shape
+        out: Tensor | None = None
+        for number, group in enumerate(layer.groups):
+            mine = self._sparse_group(
+                call, group, number, grouped[:, group.heads], (states[0][:, group.heads], states[1][:, group.heads])
+            )
+            out = mine.new_empty((batch, q_tokens, n_kv, grouped.shape[2], mine.shape[3])) if out is None else out
+            out[:, :, group.heads] = mine.unflatten(2, (-1, grouped.shape[2]))
+        assert out is not None
+        return out.flatten(2, 3)
+
+    def _sparse_group(
+        self, call: AttentionCall, layer: ContextLayer, number: int, grouped: Tensor, tail: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Some KV heads of a layer, its group `number`; queries and tails are theirs."""
+        queries = grouped.transpose(0, 1)
         n_kv, batch, group, q_tokens, dim = queries.shape
         counts = self.tails.counts
         host = queries.reshape(n_kv, -1, dim).float().cpu()  # before the device is given the static set
@@ -147,22 +177,27 @@ class QuestionAttention:
         real = real[:, None].expand(batch, group, q_tokens).reshape(-1)
 
         def find() -> Found:
-            some = layer.find(host[:, real].numpy(), self.recipe.method)
+            rows = host[:, real].numpy()
+            some = layer.find(rows, self.recipe.method)
+            if self.recall is not None:
+                self.recall.look(layer, rows, some.ids)
             if bool(real.all()):
                 found = some
             else:
                 shape = (n_kv, len(real), some.ids.shape[2])
                 found = Found(torch.full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64))
                 found.scores[:, real], found.ids[:, real] = some
-            n_keys = layer.values.shape[1]
-            found = self.overlays.join(call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys)
+            n_keys = layer.shape[1]
+            found = self.overlays.join(
+                call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys, group=number
+            )
             return Found(*(t.to(queries.device) for t in found))
 
         attended = (attend_compiled if self.compiled else attend_sets)(
             queries,
             layer.static,
             find,
-            layer.values,
+            layer.values if layer.value_codes is None else layer.value_codes,
             tail,
             self.overlays.begins[self._slots],
             self.tails.places,
@@ -172,7 +207,7 @@ class QuestionAttention:
             goal=self.recipe.mass if self.recipe.budget == "mass" else 1.0,
             mass=self._mass[self._slots],
         )
-        self._count(attended.keys, attended.share)
+        self._count(attended.keys, attended.share, n_kv / call.key.shape[1])
         if layer.index_stop > layer.index_start and layer.zones is None:
             self._known[self._slots] = False
         return attended.out
@@ -199,38 +234,63 @@ class QuestionAttention:
             partial.lse.transpose(0, 1).reshape(n_kv, -1),
         )
 
-    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Partial:
+    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor) -> Partial:
         """A natively sliding layer: the context keys within the window of each query, by true positions."""
         group = call.query.shape[1] // call.key.shape[1]
         positions = (self.context_tokens + self.tails.places)[:, None].expand(-1, group, -1).reshape(-1)
-        n_rows = layer.keys.shape[1]
-        key_positions = layer.first_position + torch.arange(n_rows, device=layer.keys.device)
-        mask = key_positions[None, None, :] > positions[None, :, None] - call.sliding_window
+        mask = layer.positions[None, None, :] > positions[None, :, None] - call.sliding_window
         return dense_partial(rows, layer.keys, layer.values, scaling=call.scaling, softcap=call.softcap, mask=mask)
 
-    def _dense(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Partial:
-        """Every key of the context."""
+    def _dense(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Tensor:
+        """The tail, and every key of the context that is kept: [n_kv, n_rows, head_dim]."""
+        if layer.streaming is None:
+            return self._dense_group(call, layer, rows, tail, 1.0)
+        out = torch.empty_like(tail.out)
+        for group in layer.groups:
+            own = Partial(tail.out[group.heads], tail.lse[group.heads])
+            out[group.heads] = self._dense_group(call, group, rows[group.heads], own, len(group.keys) / len(rows))
+        return out
+
+    def _dense_group(
+        self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial, weight: float
+    ) -> Tensor:
+        """Some KV heads of a layer, `weight` of all of them."""
         scaling, softcap = call.scaling, call.softcap
         best = None
-        if self.compiled and layer.keys.shape[1]:
-            partial, *best = attend_all(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
+        n_keys, keys = layer.shape[1], layer.keys
+        if self.compiled and n_keys:
+            partial, *best = attend_several(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
         else:
-            partial = dense_partial(rows, layer.keys, layer.values, scaling=scaling, softcap=softcap)
+            keys, values = layer.whole()
+            partial = dense_partial(rows, keys, values, scaling=scaling, softcap=softcap)
         counts = self.tails.counts.cpu().numpy()
-        self._count(counts * layer.keys.shape[1], counts.astype(np.float64))
-        self._observe(call, rows, layer.keys, best, merge([tail, partial]).lse)
-        return partial
+        self._count(counts * n_keys, counts.astype(np.float64), weight)
+        merged = merge([tail, partial])
+        self._observe(call, rows, layer, keys, best, merged.lse)
+        return merged.out
 
-    def _count(self, keys: np.ndarray, share: np.ndarray) -> None:
-        """Context keys attended and softmax mass held by each question of the pass, summed over its tokens."""
-        self._attended[self._slots] += keys
-        self._share[self._slots] += share
-        self._queries[self._slots] += self.tails.counts.cpu().numpy()
+    def _count(self, keys: np.ndarray, share: np.ndarray, weight: float) -> None:
+        """Context keys attended and softmax mass held by each question of the pass, summed over its tokens.
 
-    def _observe(self, call: AttentionCall, rows: Tensor, keys: Tensor, best: list[Tensor] | None, lse: Tensor) -> None:
+        Args:
+            weight: Share of the layer's heads that they are the means of.
+        """
+        self._attended[self._slots] += weight * keys
+        self._share[self._slots] += weight * share
+
+    def _observe(
+        self,
+        call: AttentionCall,
+        rows: Tensor,
+        layer: ContextLayer,
+        keys: Tensor,
+        best: list[Tensor] | None,
+        lse: Tensor,
+    ) -> None:
         """Adds where the exact attention of each question's last token went: it is the one that answers.
 
         Args:
+            keys: All of the layer, if there are no best ones.
             best: Ids and raw products of each row's best keys; None: all keys are looked at.
             lse: [n_kv, n_rows], of context and tail.
         """
@@ -247,10 +307,11 @@ class QuestionAttention:
         else:
             picked, raw = (last(t) for t in best)
         weights = torch.exp(logits(raw, call.scaling, call.softcap) - last(lse).unsqueeze(-1))
+        mass = torch.zeros((batch, self.context_tokens), device=rows.device)
         if best is None:
-            mass = weights.sum(dim=(0, 2))
+            mass[:, layer.positions] = weights.sum(dim=(0, 2))
         else:
             weights = weights.masked_fill(picked < 0, 0.0).permute(1, 0, 2, 3).reshape(batch, -1)
-            mass = torch.zeros((batch, self.context_tokens), device=rows.device)
-            mass.scatter_add_(1, picked.clamp_min(0).permute(1, 0, 2, 3).reshape(batch, -1), weights)
+            places = layer.positions[picked.clamp_min(0)].permute(1, 0, 2, 3).reshape(batch, -1)
+            mass.scatter_add_(1, places, weights)
         self._mass[self._slots] += mass.cpu().numpy()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from answer_samples import files
 
 from rabatch.config import GenerationSettings
 from rabatch.jobs.answer import answer
 
 SHORT = GenerationSettings(max_new_tokens=24)
-
-
-def files(folder):
-    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,11 +20,13 @@ from rabatch.demo.corpus import write_corpus
 from rabatch.fingerprint import model_fields
 from rabatch.index.links import unreachable
 from rabatch.jobs.build import build
-from rabatch.jobs.catalog import Catalog
+from rabatch.jobs.catalog import Catalog, read_entries
 from rabatch.jobs.settings import model_settings, resolved_model
 from rabatch.records import BUILD_REPORT
 from rabatch.storage.store import IndexStore
+from rabatch.storage.summaries import digest_of
 from rabatch.storage.verify import verify
+from tests.jobs.processes import killer
 
 ROOT = Path(__file__).parents[2]
 SMALL = BuildConfig(sink_tokens=16, window_tokens=64)
@@ -147,7 +147,9 @@ def test_a_changed_text_is_indexed_again_and_the_newest_answers(demo_store, tmp_
 
     def newest():
         fields = model_fields(resolved_model(model_settings(None), has_cuda=False))
-        return Catalog(IndexStore(store).manifests(), fields, Recipe()).manifests["doc-00000"].text_chars
+        index = IndexStore(store)
+        found = Catalog(read_entries(index), digest_of(fields), Recipe()).indexes["doc-00000"]
+        return index.get(found.document_id, found.content_sha256, found.fingerprint).text_chars
 
     assert newest() == len(old["text"])
     changed = build(ray.data.from_items([new]), store=store, config=config, progress=False)
@@ -156,27 +158,6 @@ def test_a_changed_text_is_indexed_again_and_the_newest_answers(demo_store, tmp_
     back = build(pa.Table.from_pylist([old]), store=store, config=config, progress=False)
     assert (back.built, back.skipped, newest()) == (0, 1, len(old["text"]))
     assert problems(store) == []
-
-
-def workers(pid, name):
-    """Processes of Ray workers named `name` that descend from `pid`."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        try:
-            stat, line = (entry / "stat").read_text(), (entry / "cmdline").read_text()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if entry.name.isdigit():
-            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-            if name in line and "__init__" not in line:
-                found.append(int(entry.name))
-
-    def descends(child):
-        while child > 1 and child != pid:
-            child = parents.get(child, 0)
-        return child == pid
-
-    return [worker for worker in found if descends(worker)]
 
 
 @pytest.mark.slow
@@ -215,30 +196,10 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path):
     assert problems(store) == []
 
 
-@contextlib.contextmanager
-def killer(limit):
-    """Kills prefill workers at work, `limit` of them; yields the list of the killed."""
-    killed: list[int] = []
-    stop = threading.Event()
-
-    def watch():
-        while len(killed) < limit and not stop.is_set():
-            for pid in workers(os.getpid(), "MapWorker(MapBatches(PrefillActor)).submit"):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield killed
-    stop.set()
-    thread.join()
-
-
 @pytest.mark.slow
 def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=3, tokens=4000, n_questions=1)
-    with killer(limit=1) as killed:
+    with killer("PrefillActor", limit=1) as killed:
         result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
     assert len(killed) == 1
     assert (result.built, result.failed) == (3, 0)
@@ -248,7 +209,7 @@ def test_the_work_of_a_dead_actor_is_done_by_another(local_ray, tmp_path):
 @pytest.mark.slow
 def test_a_document_that_always_kills_its_actor_fails_alone(local_ray, tmp_path):
     corpus = write_corpus(str(tmp_path / "corpus"), n_documents=1, tokens=4000, n_questions=1)
-    with killer(limit=100) as killed:
+    with killer("PrefillActor", limit=100) as killed:
         result = build(corpus["paths"]["documents"], store=str(tmp_path / "index"), progress=False)
     assert len(killed) >= 4
     assert (result.built, result.failed) == (0, 1)

@@ -6,16 +6,21 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
+import rabatch
 from rabatch.cli import main
 from rabatch.config import BuildConfig, Resources
 from rabatch.demo.corpus import write_corpus
 from rabatch.demo.run import run_demo
+from rabatch.errors import IntegrityError
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.storage.answers import AnswerStore
+from rabatch.storage.answers import exported as exported_rows
 from rabatch.storage.store import IndexStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,7 +43,21 @@ def options() -> Iterator[dict[str, Any]]:
     server.stop()
 
 
-def test_build_and_answer_on_s3(local_ray, tmp_path, options):
+PIPELINE = """
+documents: s3://bucket/corpus/documents.jsonl
+questions: s3://bucket/corpus/questions.jsonl
+store: s3://bucket/index
+answers: s3://bucket/answers
+build: {sink_tokens: 16, window_tokens: 128}
+storage_options:
+  endpoint_url: ${S3_ENDPOINT}
+  key: ${S3_KEY}
+  secret: secret
+  client_kwargs: {region_name: eu-west-1}
+"""
+
+
+def test_build_and_answer_on_s3(local_ray, tmp_path, options, monkeypatch):
     corpus = write_corpus(str(tmp_path), n_documents=2, tokens=1200, n_questions=4)
     filesystem = s3fs.S3FileSystem(**options)
     for name in ("documents", "questions"):
@@ -59,7 +78,24 @@ def test_build_and_answer_on_s3(local_ray, tmp_path, options):
     assert kept == {(part.sha256, str(part.bytes)) for manifest in manifests for part in manifest.parts}
     filesystem.invalidate_cache()
     there = {path.rsplit("/", 1)[-1] for path in filesystem.ls("bucket/answers")}
-    assert {"answers.parquet", "answers.jsonl"} <= there
+    assert {"answers.parquet", "answers.jsonl", "rabatch-answers.json", "runs", "parts"} <= there
+    assert "pending" not in there
+    with filesystem.open("bucket/answers/answers.jsonl") as file:
+        assert [json.loads(line)["answer"] for line in file] == [row["answer"] for row in answered.rows]
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    monkeypatch.setenv("S3_KEY", options["key"])
+    monkeypatch.setenv("S3_ENDPOINT", options["endpoint_url"])
+    ran = rabatch.run(rabatch.Pipeline.from_yaml(tmp_path / "pipeline.yaml"), progress=False)
+    assert (ran.build.skipped, ran.answers.reused, ran.answers.run) == (2, 8, None)  # the same definition in parts
+    exported = ["answers", "--answers", "s3://bucket/answers", "--storage-options", json.dumps(options), "--out"]
+    assert main([*exported, "s3://bucket/exported/x.parquet"]) == 0
+    filesystem.invalidate_cache()
+    with filesystem.open("bucket/exported/x.parquet") as file:
+        assert pq.read_table(file).num_rows == 8
+    (part,) = filesystem.find("bucket/answers/parts")
+    filesystem.rm_file(part)
+    with pytest.raises(IntegrityError, match=part.rsplit("/", 1)[-1]):
+        list(exported_rows(AnswerStore("s3://bucket/answers", storage_options=options)))
 
 
 def test_the_whole_demo_on_s3(local_ray, options, capsys):

@@ -17,8 +17,9 @@ from rabatch.config import GenerationSettings, ModelConfig, Recipe, Resources
 from rabatch.executor import Executor
 from rabatch.jobs.answer import answer
 from rabatch.jobs.answering import AnswerActor, AnswerSettings
-from rabatch.jobs.output import read_parquet
+from rabatch.jobs.catalog import read_entries
 from rabatch.jobs.turns import Turns
+from rabatch.storage.answers import decode
 from rabatch.storage.store import IndexStore
 
 SHORT = GenerationSettings(max_new_tokens=24)
@@ -36,7 +37,7 @@ class Watched:
             storage_options={},
             recipe=Recipe(),
             generation=SHORT,
-            output=None,
+            answers_url=None,
             threads=torch.get_num_threads(),
             slots=16,
             memory_bytes=memory_bytes,
@@ -46,6 +47,7 @@ class Watched:
         self.actor = AnswerActor(self.settings)
         self.pool = self.actor._pool
         self.manifests = {m.document_id: m for m in IndexStore(str(store)).manifests()}
+        self.stored = {s.document_id: s for s in read_entries(IndexStore(str(store)))}
         self.questions = questions
         self.events = []
         self.before_pass = lambda document_id: None
@@ -68,11 +70,14 @@ class Watched:
         names = ("question_id", "question", "expected")
         asked = [{name: q[name] for name in names} for q in self.questions if q["document_id"] == document_id]
         row = {
-            "manifest": self.manifests[document_id].to_json(),
-            "batches": json.dumps([{"key": document_id, "questions": asked}]),
+            "index": json.dumps(self.stored[document_id]),
+            "batches": json.dumps(
+                [{"name": document_id, "questions": asked, "keys": [q["question_id"] for q in asked]}]
+            ),
         }
         tables = list(self.actor(pa.Table.from_pylist([row])))
-        return [answer for table in tables for answer in read_parquet(table.to_pylist()[0]["answers"])]
+        found = [table.to_pylist()[0]["answers"] for table in tables]
+        return [answer for data in found for answer in decode(data, name=document_id).to_pylist()]
 
     def reads(self):
         return Counter(document for event, document in self.events if event == "read")
@@ -244,7 +249,9 @@ def test_ray_makes_as_many_calls_at_once_as_it_is_told(local_ray, calls, seconds
 
     with cluster.dataset_context(row_blocks=True):
         rows = ray.data.from_items([{"n": n} for n in range(4)], override_num_blocks=4).map_batches(
-            Meeting, fn_constructor_args=(seconds,), **cluster.actor_options(1, cpus=1, gpus=0, calls=calls)
+            Meeting,
+            fn_constructor_args=(seconds,),
+            **cluster.actor_options(cluster.Pool(1, 1), cpus=1, gpus=0, calls=calls),
         )
         most = [row["most"] for row in cluster.rows_of(rows)]
     assert most == [calls] * 4

@@ -373,7 +373,7 @@ def index(path: str, text: str, kind: str, day: int, model: str = "m") -> Index:
         ([index("a", "old", "graph", 1), index("b", "new", "none", 2)], "a"),
         ([index("a", "t", "graph", 1), index("b", "u", "graph", 2), index("c", "t", "none", 3)], "b"),
         ([index("a", "t", "graph", 1), index("b", "u", "graph", 1)], ""),
-        ([index("a", "t", "none", 1), index("b", "t", "graph", 2), index("c", "t", "graph", 3)], "b"),
+        ([index("a", "t", "none", 1), index("b", "t", "graph", 2), index("c", "t", "graph", 3)], "ab"),
     ],
 )  # fmt: skip
 def test_what_is_superseded(indexes: list[Index], gone: str) -> None:
