@@ -72,6 +72,7 @@ def _add_corpus_size(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     _add_corpus_size(parser)
     parser.add_argument("--keep", metavar="DIR", help="keep corpus, store and answers here; default: removed again")
+    cli_arguments.add_store(parser, default="in that folder")
     cli_arguments.add_common(parser)
 
 
@@ -95,6 +96,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         questions=arguments.questions,
         seed=arguments.seed,
         keep=arguments.keep,
+        store=arguments.store,
+        storage_options=arguments.storage_options,
     )
     if arguments.json:
         print_json(report)

@@ -6,6 +6,7 @@ Used by `rabatch.cli` and by the jobs' own entry points (``python -m rabatch.job
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import warnings
@@ -28,6 +29,7 @@ from rabatch.errors import ConfigError, RabatchError
 EXIT_FAILED_ROWS = 1
 EXIT_COULD_NOT_RUN = 2
 _INTERRUPTED = 130
+_LINES = 1024  # looked at and written together
 
 _BUILD, _GRAPH, _MODEL, _RECIPE = BuildConfig(), GraphConfig(), ModelConfig(), Recipe()
 _GENERATION, _RESOURCES = GenerationSettings(), Resources()
@@ -86,7 +88,7 @@ def print_json_list(before: dict[str, Any], name: str, rows: Iterable[str], afte
     """As `print_json` of one object with `before`, the list `name` and `after`.
 
     Args:
-        rows: JSON texts; they are printed as they come.
+        rows: JSON texts of an element or of several, with commas between; they are printed as they come.
     """
     sys.stdout.write(f"{json.dumps(before)[:-1]}, {json.dumps(name)}: [")
     comma = ""
@@ -104,9 +106,12 @@ def write_out(text: str) -> None:
 def write_lines(lines: Iterable[str]) -> None:
     """Lines to stdout as `write_out` does, as they come: there may be millions."""
     encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        safe = line if line.isascii() and line.isprintable() else _escaped(line, encoding)
-        sys.stdout.write(safe + "\n")
+    rest = iter(lines)
+    while some := list(itertools.islice(rest, _LINES)):
+        together = "".join(some)
+        if not (together.isascii() and together.isprintable()):
+            some = [_escaped(line, encoding) for line in some]
+        sys.stdout.write("\n".join(some) + "\n")
     sys.stdout.flush()
 
 
@@ -126,9 +131,10 @@ def add_observing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report-html", metavar="FILE", help="write a report with plots to this .html file")
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """`--store` and how to reach it."""
-    parser.add_argument("--store", required=True, metavar="URL", help="index store: a path or any fsspec URL")
+def add_store(parser: argparse.ArgumentParser, *, default: str = "") -> None:
+    """`--store` and how to reach it. It must be given unless there is a `default`, which the help names."""
+    text = "index store: a path or any fsspec URL" + (f" ({default})" if default else "")
+    parser.add_argument("--store", required=not default, metavar="URL", help=text)
     add_storage_options(parser)
 
 
@@ -168,6 +174,11 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
+    group.add_argument("--head-pattern", metavar="PATH", help=text)
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
+    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -297,6 +308,9 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
+        head_pattern=arguments.head_pattern,
+        head_sparsity=arguments.sparsity,
+        head_threshold=arguments.threshold,
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")

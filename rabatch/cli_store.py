@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rabatch import cli_arguments
 from rabatch.cli_arguments import print_json, print_json_list, write_lines, write_out
-from rabatch.errors import ConfigError, IntegrityError
+from rabatch.errors import ConfigError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from rabatch.storage.store import IndexStore
 
 Add = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
 
-_ID_WIDTH = 40
 _SHOWN = 20
-_BATCH_ROWS = 16_384
-_json_text = json.encoder.encode_basestring_ascii
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_JSON_COLUMNS = (
-    *("created_us", "document_id", "context_tokens", "text_chars", "stored_bytes", "index", "degree", "sink_tokens"),
-    *("window_tokens", "dtype", "model", "created_at", "parts", "fingerprint", "content_sha256", "path", "metadata"),
-)
-_TABLE_COLUMNS = (
-    *("document_id", "context_tokens", "stored_bytes", "index", "model", "dtype", "created_us", "fingerprint"),
-)
-_DIGITS = 12  # shown of a fingerprint
-_NUMBERS = (1, 2)
-_WIDEST_AGE = "119 seconds ago"
-_HEADING = ("document", "tokens", "bytes", "index", "model", "dtype", "built", "fingerprint")
 
 
 def add_commands(add: Add) -> None:
@@ -79,6 +62,7 @@ def _open(arguments: argparse.Namespace) -> IndexStore:
 def _inspect(arguments: argparse.Namespace) -> int:
     import pyarrow as pa
 
+    from rabatch.cli_list import JSON_COLUMNS, TABLE_COLUMNS, as_json, as_text
     from rabatch.storage.catalog import document_entries, entries
     from rabatch.storage.summaries import Filter, table_of
 
@@ -91,7 +75,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     store = _open(arguments)
     damaged: list[str] = []
-    columns = list(_JSON_COLUMNS if arguments.json else _TABLE_COLUMNS)
+    columns = [*dict.fromkeys((*(JSON_COLUMNS if arguments.json else TABLE_COLUMNS), "created_us"))]
     on_error = lambda path, error: damaged.append(f"{path}: {error}")  # noqa: E731
     if arguments.document is None:
         tables = entries(store, columns=columns, on_error=on_error)
@@ -101,79 +85,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     table = pa.concat_tables(found) if found else table_of([])
     table = table.sort_by([("document_id", "ascending"), ("created_us", "ascending")])
     if arguments.json:
-        print_json_list({"store": arguments.store}, "documents", _described(table), {"damaged": damaged})
+        print_json_list({"store": arguments.store}, "documents", as_json(table), {"damaged": damaged})
     else:
-        write_lines(_as_text(table, damaged, now))
+        write_lines(as_text(table, damaged, now))
     return 1 if damaged else 0
-
-
-def _described(table: pa.Table) -> Iterator[str]:
-    """A JSON object per index. Column by column, as a million dicts take three times as long."""
-    from rabatch.storage.summaries import id_text
-
-    form = "{{" + ", ".join(f'"{"manifest" if name == "path" else name}": {{}}' for name in _JSON_COLUMNS[1:]) + "}}"
-    for batch in table.select(_JSON_COLUMNS[1:]).to_batches(_BATCH_ROWS):
-        columns = []
-        for name, column in zip(_JSON_COLUMNS[1:], (c.to_pylist() for c in batch.columns), strict=True):
-            if name == "metadata":
-                columns.append(list(map(_checked, column)))
-            elif name == "document_id":
-                columns.append([_json_text(id_text(data)) for data in column])
-            else:
-                columns.append(column if isinstance(column[0], int) else list(map(_json_text, column)))
-        yield from map(form.format, *columns)
-
-
-def _checked(text: str) -> str:
-    """The text, which is put into the output as it is, so it must be a whole JSON object."""
-    try:
-        if isinstance(json.loads(text), dict):
-            return text
-    except ValueError:
-        pass
-    raise IntegrityError("catalog: metadata", text, "is no JSON object; run `rabatch compact` on an emptied catalog/")
-
-
-def _as_text(table: pa.Table, damaged: list[str], now: datetime) -> Iterator[str]:
-    import pyarrow.compute as pc
-
-    widths = _widths(table)
-    yield _form(widths, "").format(*_HEADING).rstrip()
-    line = _form(widths, ",").format
-    for columns in _columns(table, now):
-        yield from map(str.rstrip, map(line, *columns))
-    total = pc.sum(table["stored_bytes"]).as_py() or 0
-    yield f"{table.num_rows} indexes, {total:,} bytes"
-    yield from (f"damaged: {text}" for text in damaged)
-
-
-def _widths(table: pa.Table) -> list[int]:
-    """Of the columns, in characters: at least what the cells take, without making each of them."""
-    import pyarrow.compute as pc
-
-    widths = {"created_us": len(_WIDEST_AGE), "fingerprint": _DIGITS}
-    for name in ("context_tokens", "stored_bytes"):
-        widths[name] = len(f"{pc.max(table[name]).as_py() or 0:,}")
-    for name in ("document_id", "model", "index", "dtype"):
-        widths[name] = min(_ID_WIDTH, pc.max(pc.binary_length(table[name])).as_py() or 0)
-    return [max(len(word), widths[name]) for word, name in zip(_HEADING, _TABLE_COLUMNS, strict=True)]
-
-
-def _form(widths: list[int], thousands: str) -> str:
-    cells = [f"{{:>{w}{thousands}}}" if i in _NUMBERS else f"{{:<{w}}}" for i, w in enumerate(widths)]
-    return "  ".join(cells)
-
-
-def _columns(table: pa.Table, now: datetime) -> Iterator[list[list[Any]]]:
-    """The cells, column by column, some rows at a time."""
-    from rabatch.storage.summaries import id_text
-
-    now_us = int(now.timestamp() * 1e6)
-    for batch in table.select(_TABLE_COLUMNS).to_batches(_BATCH_ROWS):
-        ids, tokens, size, index, model, dtype, created_us, fingerprint = (c.to_pylist() for c in batch.columns)
-        ages = [_age((now_us - us) // 1_000_000) for us in created_us]
-        names = [_shorten(id_text(data)) for data in ids]
-        yield [names, tokens, size, index, [*map(_shorten, model)], dtype, ages, [t[:_DIGITS] for t in fingerprint]]
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -279,14 +194,3 @@ def _ago(now: datetime, field: str, text: str | None) -> datetime | None:
         return now - timedelta(seconds=int(match[1]) * _UNITS_S[match[2]])
     except OverflowError as error:
         raise ConfigError(field, text, "is before the year 1") from error
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _ID_WIDTH else text[: _ID_WIDTH - 3] + "..."
-
-
-def _age(seconds: int) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit} ago"
-    return f"{max(seconds, 0)} seconds ago"

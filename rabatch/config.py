@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from rabatch.errors import ConfigError
 
@@ -114,6 +116,12 @@ class BuildConfig(_Checked):
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
+        head_pattern: Which KV heads keep the whole context; the others, streaming heads, keep the static set only
+            (DuoAttention). A folder with gates in the published form, or a row per layer of gates, or of true and
+            false. Read when the object is made, which then holds true and false. None: all heads do.
+        head_sparsity, head_threshold: What makes true and false of gates (`rabatch.head_pattern.resolve`): the share
+            of the heads that stream, those with the lowest gates; or the least gate that keeps the context. None once
+            they are.
     """
 
     sink_tokens: int = 128
@@ -126,10 +134,14 @@ class BuildConfig(_Checked):
     zone_tokens: int = 64
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
+    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float]] | None = None
+    head_sparsity: float | None = None
+    head_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
+        self._resolve_heads()
         self._at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", INDEX_KINDS)
@@ -141,9 +153,31 @@ class BuildConfig(_Checked):
         """Whether the index has a ``"graph"`` or ``"scan"``."""
         return kind in self.index.split("+")
 
+    def streaming_heads(self, layer: int) -> tuple[int, ...]:
+        """Numbers of the KV heads of a layer that keep only the static set."""
+        rows = cast("Sequence[Sequence[bool]] | None", self.head_pattern)
+        return () if rows is None else tuple(head for head, kept in enumerate(rows[layer]) if not kept)
+
+    def _resolve_heads(self) -> None:
+        if self.head_pattern is None:
+            for name in ("head_sparsity", "head_threshold"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(name, getattr(self, name), "needs a head_pattern with gates")
+            return
+        from rabatch.head_pattern import pattern_of
+
+        source = os.fspath(self.head_pattern) if isinstance(self.head_pattern, os.PathLike) else self.head_pattern
+        pattern = pattern_of(source, sparsity=self.head_sparsity, threshold=self.head_threshold)
+        for name, value in (("head_pattern", pattern), ("head_sparsity", None), ("head_threshold", None)):
+            object.__setattr__(self, name, value)
+
     def stored_fields(self) -> dict[str, Any]:
         """The fields that change stored numbers."""
         fields = self.to_dict()
+        rows = cast("Sequence[Sequence[bool]] | None", fields.pop("head_pattern"))
+        del fields["head_sparsity"], fields["head_threshold"]
+        if rows is not None and not all(map(all, rows)):  # without a streaming head all is as without a pattern
+            fields["head_pattern"] = [list(row) for row in rows]
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
         if not self.builds("graph"):
             del fields["graph"]

@@ -117,8 +117,9 @@ def open_context(
     def read(number: int) -> ContextLayer:
         with _naming(manifest):
             # Once: a digest takes longer than all the rest of reading a part from the page cache.
-            block = store.read_layer(manifest, number, check="once")
-            layer = _context_layer(block, manifest, recipe, loaded, threads)
+            keeping = store.read_heads(manifest, number, streaming=False, check="once")
+            streaming = store.read_heads(manifest, number, streaming=True, check="once")
+            layer = _whole_layer(keeping, streaming, manifest, recipe, loaded, threads)
         if not manifest.geometry.sliding_windows[number]:
             layer.prepare(recipe)  # what is made now counts among the layer's bytes, and no pass waits for it
         return layer
@@ -143,7 +144,9 @@ def _stored_layers(manifest: Manifest, recipe: Recipe, loaded: LoadedModel, thre
     for layer, _, _, nbytes in parts:
         if layer >= 0:
             stored[layer] += nbytes
-    kinds = [(recipe, bool(window)) for window in manifest.geometry.sliding_windows]
+    geometry = manifest.geometry
+    streaming = [len(geometry.heads(number, streaming=True)) for number in range(geometry.n_layers)]
+    kinds = [(recipe, bool(window), some) for window, some in zip(geometry.sliding_windows, streaming, strict=True)]
     return [StoredLayer(owner, number, nbytes, kinds[number]) for number, nbytes in enumerate(stored)]
 
 
@@ -173,6 +176,33 @@ def check_identity(manifest: Manifest, loaded: LoadedModel) -> None:
     )
 
 
+def _whole_layer(
+    keeping: LayerBlock | None,
+    streaming: LayerBlock | None,
+    manifest: Manifest,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    threads: int,
+) -> ContextLayer:
+    """One layer of the heads that keep every token and of those that stream, of which there may be none."""
+    device = loaded.config.device
+    others = None
+    if streaming is not None:
+        start, gap = manifest.index_start, manifest.index_stop - manifest.index_start
+        keys, values = streaming.keys.to(device), streaming.values.to(device)
+        none = np.zeros(streaming.n_heads, np.int64)
+        others = ContextLayer(keys, values, 0, start, start, none, left_out=gap)
+    if keeping is None:
+        assert others is not None  # a layer has heads
+        return others
+    layer = _context_layer(keeping, manifest, recipe, loaded, threads)
+    if others is None:
+        return layer
+    places = (manifest.geometry.heads(keeping.layer, streaming=some) for some in (False, True))
+    mine, theirs = (torch.tensor(heads, device=device) for heads in places)
+    return dataclasses.replace(layer, heads=mine, streaming=dataclasses.replace(others, heads=theirs))
+
+
 def _context_layer(
     block: LayerBlock, manifest: Manifest, recipe: Recipe, loaded: LoadedModel, threads: int
 ) -> ContextLayer:
@@ -180,8 +210,10 @@ def _context_layer(
     rows = block.keys.shape[1]
     start, stop = (rows, rows) if sliding else (manifest.index_start, manifest.index_stop)
     device = loaded.config.device
-    n_kv, full = manifest.geometry.n_kv_heads, [i for i, w in enumerate(manifest.geometry.sliding_windows) if not w]
-    methods = methods_of(recipe, manifest.geometry) if stop > start else []
+    geometry, n_kv = manifest.geometry, block.n_heads
+    keeping = (bool(geometry.heads(number, streaming=False)) for number in range(geometry.n_layers))
+    full = [i for i, (w, some) in enumerate(zip(geometry.sliding_windows, keeping, strict=True)) if some and not w]
+    methods = methods_of(recipe, geometry) if stop > start else []
     retrieving = bool(methods)
     budget = np.zeros(n_kv, np.int64)
     if retrieving:

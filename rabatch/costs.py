@@ -59,9 +59,9 @@ def _pass_seconds(context: OpenContext, recipe: Recipe, questions: int, q_tokens
         if window:
             continue
         layer = context.layers[number]
-        n_rows = layer.keys.shape[1]
-        length = round(2 * math.log2(max(n_rows, 1)))
-        key = (length, tuple(layer.indexes), shape, layer.keys.dtype, settings, questions, q_tokens, device)
+        length = round(2 * math.log2(layer.context_tokens))
+        kinds = tuple((len(group.keys), group.left_out > 0) for group in layer.groups)
+        key = (length, kinds, tuple(layer.indexes), shape, layer.keys.dtype, settings, questions, q_tokens, device)
         if key not in _seconds:
             _seconds[key] = layer_seconds(
                 layer, recipe, n_query_heads=shape.n_query_heads, questions=questions, q_tokens=q_tokens, device=device
@@ -78,8 +78,9 @@ def layer_seconds(
     Args:
         q_tokens: New tokens of each question; more than 1: they are the question's.
     """
-    n_kv, n_rows, dim = layer.keys.shape
-    attention = QuestionAttention([layer], context_tokens=n_rows, slots=questions, recipe=recipe, device=device)
+    n_kv, dim = layer.n_kv_heads, layer.keys.shape[2]
+    tokens = layer.context_tokens
+    attention = QuestionAttention([layer], context_tokens=tokens, slots=questions, recipe=recipe, device=device)
     make = torch.Generator().manual_seed(0)
     spread = float(layer.keys[:, -256:].float().std())
     query = spread * torch.randn((questions, n_query_heads, q_tokens, dim), generator=make)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rabatch.config import BuildConfig, ModelConfig
-from rabatch.models import checkpoint_dtype, load_tokenizer, local_path, read_config
+from rabatch.head_pattern import Pattern, check_shape
+from rabatch.models import ModelGeometry, checkpoint_dtype, geometry_of, load_tokenizer, local_path, read_config
 from rabatch.prompts import PromptTemplate
 
 FORMAT_VERSION = 1
@@ -47,12 +48,23 @@ def index_fields(config: ModelConfig, build: BuildConfig) -> dict[str, Any]:
 
     Args:
         config: With device and dtype explicit (`rabatch.models.resolve`).
+
+    Raises:
+        ConfigError: The head pattern is one for a model of another shape.
     """
+    check_heads(build, geometry_of(read_config(config)))
     return {
         "format_version": FORMAT_VERSION,
         "model": model_fields(config),
         "build": {**build.stored_fields(), "kv_dtype": stored_dtype(config, build)},
     }
+
+
+def check_heads(build: BuildConfig, geometry: ModelGeometry) -> None:
+    """Raise ConfigError unless the head pattern, if there is one, is of the model's shape."""
+    if build.head_pattern is not None:
+        pattern = cast(Pattern, build.head_pattern)
+        check_shape(pattern, n_layers=geometry.n_layers, n_kv_heads=geometry.n_kv_heads)
 
 
 def stored_dtype(config: ModelConfig, build: BuildConfig) -> str:

@@ -22,7 +22,7 @@ from rabatch.storage.manifest import Manifest, Part, utc_now
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.scan_codes import ScanCodes
 from rabatch.storage.store import IndexStore
-from rabatch.units import Unit, context_sample, index_range, read_geometry, unit_array, unit_tensor
+from rabatch.units import Unit, context_sample, index_range, read_geometry, static_rows, unit_array, unit_tensor
 
 PROFILE_POSITIONS = 32
 """Query positions that a profile is the mean of, for each query head: the last ones whose vectors are kept."""
@@ -31,7 +31,8 @@ PROFILE_POSITIONS = 32
 def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlock:
     """Keys, values and, for a full-attention layer, per KV head what the index is made of, zones and a profile.
 
-    There are no zones if `zone_tokens` is 0, and no profile if the unit holds no query vectors.
+    Streaming heads have nothing but keys and values. There are no zones if `zone_tokens` is 0, and no profile if the
+    unit holds no query vectors.
 
     Raises:
         KeysError: Keys, values or sampled queries are not finite: the prefill overflowed.
@@ -47,8 +48,9 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
     n_tokens, rows = unit["context_tokens"], keys.shape[1]
     neighbors = entries = scan = zones = profile = None
     start, stop = index_range(n_tokens, build)
-    sliding = geometry.sliding_windows[unit["layer"]]
-    if build.index != "none" and not sliding:
+    streaming = geometry.streaming_among(unit["layer"], range(unit["head_start"], unit["head_stop"])) > 0
+    bare = streaming or geometry.sliding_windows[unit["layer"]] > 0
+    if build.index != "none" and not bare:
         indexed = np.ascontiguousarray(keys[:, start:stop].float().numpy())
         samples = _samples(unit, build, heads, geometry.head_dim)
         if build.builds("graph"):
@@ -63,10 +65,11 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         if build.zone_tokens:
             zones = partition(indexed, zone_tokens=build.zone_tokens, threads=threads)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
+    positions = static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)
     return LayerBlock(
         layer=unit["layer"],
         head_start=unit["head_start"],
-        positions=np.arange(n_tokens - rows, n_tokens, dtype=np.int32),
+        positions=positions.astype(np.int32),
         keys=keys,
         values=values,
         neighbors=neighbors,
@@ -74,7 +77,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         scan=scan,
         zones=zones,
         profile=profile,
-        index_start=0 if sliding else start,
+        index_start=0 if bare else start,
     )
 
 

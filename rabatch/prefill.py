@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,11 @@ from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import attending
 from rabatch.config import BuildConfig
 from rabatch.errors import DocumentError, ModelError
-from rabatch.fingerprint import stored_dtype
+from rabatch.fingerprint import check_heads, stored_dtype
 from rabatch.loading import LoadedModel
 from rabatch.prompts import EncodedContext
 from rabatch.storage.manifest import Geometry
-from rabatch.units import Unit, context_sample
+from rabatch.units import Unit, context_sample, static_rows
 
 MAX_UNIT_BYTES = 96 << 20
 """Aim for the size of one row between actors; Ray Data wants rows below 128 MiB."""
@@ -58,10 +57,12 @@ def run(
     """
     device = torch.device(loaded.config.device)
     outbox = Outbox(device)
-    capture = PrefillCapture([context_sample(len(context), build) for context in contexts], outbox)
+    shape = loaded.geometry
+    bare = frozenset(n for n in range(shape.n_layers) if len(build.streaming_heads(n)) == shape.n_kv_heads)
+    capture = PrefillCapture([context_sample(len(context), build) for context in contexts], outbox, unsampled=bare)
     lengths = [len(context) for context in contexts]
     stored = getattr(torch, stored_dtype(loaded.config, build))
-    cache = ContextCache(loaded.geometry.n_layers, sum(lengths), outbox, stored)
+    cache = ContextCache(shape.n_layers, sum(lengths), outbox, stored)
     ids = torch.from_numpy(np.concatenate([context.token_ids for context in contexts])).long()[None].to(device)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
     with attending(capture):
@@ -91,8 +92,10 @@ def prefill_units(
         (number of the context, row).
 
     Raises:
+        ConfigError: The head pattern is one for a model of another shape.
         ModelError: Keys and values are not shaped as the model's config says.
     """
+    check_heads(build, loaded.geometry)
     began = time.perf_counter()
     cache, capture = run(loaded, contexts, build)
     per_token = (time.perf_counter() - began) / sum(len(context) for context in contexts)
@@ -115,14 +118,18 @@ def _units_of(
 ) -> Iterator[Unit]:
     windows = capture.windows
     geometry = _geometry(loaded, windows, build)
+    static = torch.from_numpy(static_rows(len(context), build))
     ranges = [
-        (layer, heads)
+        (layer, heads, streaming)
         for layer in range(geometry.n_layers)
-        for heads in _head_ranges(cache, sample, layer, _rows(tokens, windows[layer]))
+        for run, streaming in geometry.head_runs(layer)
+        for heads in _head_ranges(
+            cache, sample, layer, _rows(tokens, windows[layer]), run, len(static) if streaming else None
+        )
     ]
     shared = {
         "context_tokens": len(context),
-        "geometry": json.dumps(dataclasses.asdict(geometry)),
+        "geometry": json.dumps(geometry.to_dict()),
         "n_units": 1 + len(ranges),
     }
     yield {
@@ -141,9 +148,11 @@ def _units_of(
         "scaling": 0.0,
         "softcap": 0.0,
     }
-    for layer, (head_start, head_stop) in ranges:
-        keys, values = cache.states(layer, *_rows(tokens, windows[layer]))
+    for layer, (head_start, head_stop), streaming in ranges:
+        keys, values = (states[head_start:head_stop] for states in cache.states(layer, *_rows(tokens, windows[layer])))
         lists, queries = sample.of_heads(layer, head_start, head_stop)
+        if streaming:  # the middle of the context ends here, and what was sampled for an index of it
+            keys, values, lists, queries = keys[:, static], values[:, static], lists[:0], queries[:0]
         yield {
             "unit_kind": "layer",
             **shared,
@@ -153,8 +162,8 @@ def _units_of(
             "layer": layer,
             "head_start": head_start,
             "head_stop": head_stop,
-            "keys": _to_bytes(keys[head_start:head_stop]),
-            "values": _to_bytes(values[head_start:head_stop]),
+            "keys": _to_bytes(keys),
+            "values": _to_bytes(values),
             "lists": lists.numpy().tobytes(),
             "queries": queries.float().numpy().tobytes(),
             "scaling": capture.logits[layer][0],
@@ -164,6 +173,8 @@ def _units_of(
 
 def _geometry(loaded: LoadedModel, windows: dict[int, int], build: BuildConfig) -> Geometry:
     shape = loaded.geometry
+    # A natively sliding layer keeps its window, whatever the pattern says of it.
+    streaming = tuple(() if windows[layer] else build.streaming_heads(layer) for layer in range(shape.n_layers))
     return Geometry(
         n_layers=shape.n_layers,
         n_kv_heads=shape.n_kv_heads,
@@ -175,6 +186,7 @@ def _geometry(loaded: LoadedModel, windows: dict[int, int], build: BuildConfig) 
         index=build.index,
         degree=build.graph.degree if build.builds("graph") else 0,
         sliding_windows=tuple(windows[layer] for layer in range(shape.n_layers)),
+        streaming_heads=streaming if any(streaming) else (),
     )
 
 
@@ -185,17 +197,18 @@ def _rows(tokens: tuple[int, int], sliding_window: int) -> tuple[int, int]:
 
 
 def _head_ranges(
-    cache: ContextCache, sample: ContextSample, layer: int, rows: tuple[int, int]
+    cache: ContextCache, sample: ContextSample, layer: int, rows: tuple[int, int], run: range, static: int | None
 ) -> list[tuple[int, int]]:
+    """A run of heads in ranges of about `MAX_UNIT_BYTES`; `static` rows of each if they stream."""
     keys, values = cache.states(layer, rows[0], rows[0])
     if keys.shape != values.shape:
         raise ModelError("model", layer, "keys and values of this layer differ in shape; rabatch needs them equal")
-    n_heads, _, head_dim = keys.shape
-    lists, queries = sample.of_heads(layer, 0, 1)
-    head_bytes = (rows[1] - rows[0]) * head_dim * 2 * keys.itemsize
-    head_bytes += lists.nbytes + queries.numel() * torch.float32.itemsize
+    head_bytes = (rows[1] - rows[0] if static is None else static) * keys.shape[2] * 2 * keys.itemsize
+    if static is None:
+        lists, queries = sample.of_heads(layer, 0, 1)
+        head_bytes += lists.nbytes + queries.numel() * torch.float32.itemsize
     step = max(1, MAX_UNIT_BYTES // max(1, head_bytes))
-    return [(start, min(start + step, n_heads)) for start in range(0, n_heads, step)]
+    return [(start, min(start + step, run.stop)) for start in range(run.start, run.stop, step)]
 
 
 def _to_bytes(states: Tensor) -> bytes:

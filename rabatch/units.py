@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rabatch.attention.sampling import ContextSample
@@ -21,13 +22,20 @@ Unit = dict[str, Any]
 [heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k]), queries (bytes of float32
 [heads, n_vectors, head_dim], the vectors behind the first `n_vectors` lists: float32 holds every compute dtype exactly,
 so a reader need not know it, and beside keys and values they are few), scaling (factor on q . k) and softcap (bound of
-the logits; 0: none)."""
+the logits; 0: none). The heads of a layer's row all stream, and then it has the rows of the static set, no lists and no
+queries; or none of them does."""
 
 
 def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:
     """Rows of the key index: everything but the static set."""
     start = min(build.sink_tokens, context_tokens)
     return start, max(start, context_tokens - build.window_tokens)
+
+
+def static_rows(context_tokens: int, build: BuildConfig) -> NDArray[np.int64]:
+    """Rows of the static set, ascending: all that is kept of a streaming head."""
+    start, stop = index_range(context_tokens, build)
+    return np.concatenate([np.arange(start), np.arange(stop, context_tokens)])
 
 
 def context_sample(context_tokens: int, build: BuildConfig) -> ContextSample:
@@ -55,5 +63,4 @@ def unit_array(data: bytes, dtype: type) -> np.ndarray:
 
 def read_geometry(text: str) -> Geometry:
     """The geometry a unit carries as JSON."""
-    values = json.loads(text)
-    return Geometry(**{**values, "sliding_windows": tuple(values["sliding_windows"])})
+    return Geometry.from_dict(json.loads(text))

@@ -39,7 +39,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(r"[0-9a-f]{64}-[0-9]{1,16}")
 _PART = re.compile(r"[0-9a-f]{64}-[0-9]{1,16}\.part")
 _LOCK = ".lock"
-_HASH_BYTES = 1 << 20  # stays in the processor's cache between reading and hashing
+HASH_BYTES = 1 << 20
+"""Read and hashed at a time: they stay in the processor's cache meanwhile."""
 
 
 def default_cache_folder() -> Path:
@@ -194,7 +195,7 @@ class PartCache:
 def digest_of(file: Any) -> str:
     """SHA-256, in hex, of an open file, from its start to its end."""
     file.seek(0)
-    digest, piece = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
+    digest, piece = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
     while count := file.readinto(piece):
         digest.update(piece[:count])
     return digest.hexdigest()

@@ -34,7 +34,7 @@ from rabatch.storage.store import IndexStore, OnError
 from rabatch.storage.summaries import SCHEMA, summarise, table_of
 
 CATALOG = "catalog"
-VERSION = 1
+VERSION = 2
 _FIX = "run `rabatch compact` to make the catalog anew"
 _CHUNK = 16_384  # manifests joined at a time
 _GENERATION = re.compile(CATALOG + r"/(\d{8})\.json")
@@ -251,7 +251,9 @@ def _open_segment(store: IndexStore, segment: Segment) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(segment.path, None, f"is not Parquet ({error}); {_FIX}") from error
     if not file.schema_arrow.equals(SCHEMA):
-        raise IntegrityError(f"{segment.path}: columns", file.schema_arrow.names, f"are not those of version 1; {_FIX}")
+        raise IntegrityError(
+            f"{segment.path}: columns", file.schema_arrow.names, f"are not those of version {VERSION}; {_FIX}"
+        )
     return file
 
 

@@ -20,18 +20,24 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
             raise IntegrityError(f"{part.path}: {where}", value, f"must be {wanted}; {REBUILD}")
 
     geometry = manifest.geometry
-    rows = manifest.layer_rows(part.layer)
+    streaming = geometry.streaming_among(part.layer, range(part.head_start, part.head_stop)) > 0
+    rows = manifest.stored_rows(part.layer, streaming=streaming)
     kv = (str(block.keys.dtype).removeprefix("torch."), int(block.keys.shape[2]))
     rule(kv == (geometry.kv_dtype, geometry.head_dim), "dtype", kv, (geometry.kv_dtype, geometry.head_dim))
-    last = np.arange(manifest.context_tokens - rows, manifest.context_tokens)
-    rule(np.array_equal(block.positions, last), "position", block.rows, f"the last {rows} tokens")
-    sliding = geometry.sliding_windows[part.layer] > 0
-    index_rows = 0 if sliding or geometry.index == "none" else manifest.index_stop - manifest.index_start
+    if streaming:
+        start, stop = manifest.index_start, manifest.index_stop
+        static = np.concatenate([np.arange(start), np.arange(stop, manifest.context_tokens)])
+        rule(np.array_equal(block.positions, static), "position", block.rows, f"all but tokens {start} to {stop - 1}")
+    else:
+        last = np.arange(manifest.context_tokens - rows, manifest.context_tokens)
+        rule(np.array_equal(block.positions, last), "position", block.rows, f"the last {rows} tokens")
+    bare = streaming or geometry.sliding_windows[part.layer] > 0
+    index_rows = 0 if bare or geometry.index == "none" else manifest.index_stop - manifest.index_start
     rule(block.index_rows == index_rows, "index_rows", block.index_rows, index_rows)
     place = (block.index_start, manifest.index_start)
     rule(index_rows == 0 or place[0] == place[1], "index_start", *place)
     for kind, there in (("graph", block.neighbors is not None), ("scan", block.scan is not None)):
-        wanted = geometry.holds(kind) and not sliding
+        wanted = geometry.holds(kind) and not bare
         rule(there == wanted, kind, there, wanted)
     if block.neighbors is not None:
         rule(block.neighbors.shape[2] == geometry.degree, "degree", block.neighbors.shape[2], geometry.degree)
@@ -39,7 +45,10 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
 
 
 def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
-    """One block of several whose heads follow each other. Raises IntegrityError if they differ in their index."""
+    """One block of several, their heads one after the other. Raises IntegrityError if they differ in their index.
+
+    Where other heads lie between them, as streaming ones may, `head_start` counts for the first block alone.
+    """
     first = blocks[0]
     graphs = [(b.neighbors, b.entries, b.index_start) for b in blocks]
     has_graph = [neighbors is not None for neighbors, _, _ in graphs]

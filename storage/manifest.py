@@ -6,8 +6,10 @@ every layer and head, and the fingerprint are checked before a reader acts on th
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,7 +42,7 @@ class Part:
     Args:
         path: Relative to the store's root, below ``parts/``.
         bytes, sha256: Size and digest of the whole file.
-        rows: Tokens in it (per head).
+        rows: Tokens in it (per head); its heads all stream or all do not.
         layer, head_start, head_stop: Which KV heads of which layer; -1, 0, 0 for the tokens part.
     """
 
@@ -63,6 +65,8 @@ class Geometry:
         index: ``"graph+scan"``, ``"graph"``, ``"scan"`` or ``"none"``; `degree` is 0 without a graph.
         sliding_windows: One per layer: 0 for full attention, else the layer's own window, and only that many last
             tokens are stored.
+        streaming_heads: By layer, the numbers of the KV heads of which only the static set is stored, ascending. Empty:
+            there are none in any layer.
     """
 
     n_layers: int
@@ -75,10 +79,41 @@ class Geometry:
     index: IndexKind
     degree: int
     sliding_windows: tuple[int, ...]
+    streaming_heads: tuple[tuple[int, ...], ...] = ()
 
     def holds(self, kind: str) -> bool:
-        """Whether the layers with full attention have a ``"graph"`` or ``"scan"``."""
+        """Whether the heads that keep every token have a ``"graph"`` or ``"scan"``."""
         return kind in held(self.index)
+
+    def streaming_among(self, layer: int, heads: range) -> int:
+        """How many of these consecutive KV heads of a layer stream."""
+        streaming = self.streaming_heads[layer] if self.streaming_heads else ()
+        return bisect.bisect_left(streaming, heads.stop) - bisect.bisect_left(streaming, heads.start)
+
+    def heads(self, layer: int, *, streaming: bool) -> list[int]:
+        """Numbers of the KV heads of a layer that stream, or of those that do not, ascending."""
+        heads = range(self.n_kv_heads)
+        return [head for head in heads if self.streaming_among(layer, range(head, head + 1)) == streaming]
+
+    def head_runs(self, layer: int) -> list[tuple[range, bool]]:
+        """Runs of consecutive heads of a layer that all stream or all do not, and whether they do."""
+        streaming = set(self.heads(layer, streaming=True))
+        kinds = itertools.groupby(range(self.n_kv_heads), key=streaming.__contains__)
+        runs = [(list(heads), kind) for kind, heads in kinds]
+        return [(range(heads[0], heads[-1] + 1), kind) for heads, kind in runs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a manifest holds it; `streaming_heads` only where there are any, as before there were."""
+        values = dataclasses.asdict(self)
+        if not self.streaming_heads:
+            del values["streaming_heads"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Geometry:
+        """What `to_dict` gave, or the same from JSON."""
+        streaming = tuple(map(tuple, values.get("streaming_heads", ())))
+        return cls(**{**values, "sliding_windows": tuple(values["sliding_windows"]), "streaming_heads": streaming})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +160,12 @@ class Manifest:
     def index_stop(self) -> int:
         return max(self.index_start, self.context_tokens - self.geometry.window_tokens)
 
-    def layer_rows(self, layer: int) -> int:
-        """Tokens stored of a layer: all of them, or its sliding window's."""
+    def stored_rows(self, layer: int, *, streaming: bool) -> int:
+        """Tokens stored of a layer's heads: all of them, the static set of those that stream, or a sliding window's."""
         sliding = self.geometry.sliding_windows[layer]
-        return min(sliding, self.context_tokens) if sliding else self.context_tokens
+        if sliding:
+            return min(sliding, self.context_tokens)
+        return self.context_tokens - (self.index_stop - self.index_start if streaming else 0)
 
     def to_json(self) -> str:
         """JSON text, one object.
@@ -140,7 +177,7 @@ class Manifest:
             json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise DocumentError("metadata", self.metadata, f"must be JSON values: {error}") from error
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "geometry": self.geometry.to_dict()}
         values[DIGEST] = hashlib.sha256(_canonical(values)).hexdigest()
         return json.dumps(values, allow_nan=False, indent=1) + "\n"
 
@@ -167,8 +204,7 @@ class Manifest:
             if stored != found:
                 raise IntegrityError(f"{name}: {DIGEST}", stored, f"its fields hash to {found}; {REBUILD}")
         check_types(name, values)
-        windows = tuple(values["geometry"]["sliding_windows"])
-        values["geometry"] = Geometry(**{**values["geometry"], "sliding_windows": windows})
+        values["geometry"] = Geometry.from_dict(values["geometry"])
         values["parts"] = tuple(Part(**part) for part in values["parts"])
         manifest = cls(**values)
         manifest.check(name)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rabatch.errors import IntegrityError, StoreError
-from rabatch.storage.cache import Each, PartCache, digest_of
+from rabatch.storage.cache import HASH_BYTES, Each, PartCache
 from rabatch.storage.failures import REBUILD, MissingFileError, is_transient, store_error
 from rabatch.storage.filesystem import Folder
 from rabatch.storage.manifest import Part
@@ -70,19 +70,16 @@ class PartReader:
             _same_size(part, os.fstat(file.fileno()).st_size)
             if not check:
                 return self._decode(part, file, decode)
-            if not (check == "once" and self.verified.get(part.path) == (part.sha256, stamp)):
-                _same_digest(part, digest_of(file))
-                if _stamp(file) == stamp:
-                    self.verified[part.path] = (part.sha256, stamp)
-            made = _unless_changed(lambda: self._decode(part, file, decode), lambda: _stamp(file) == stamp)
-            if made is not None:
-                return made[0]
-            # Written to or replaced since its digest was taken: only a copy of ours can be trusted.
-            file.seek(0)
-            _same_size(part, os.fstat(file.fileno()).st_size)
-            data = file.read()
-            _same_size(part, len(data))
-            _same_digest(part, hashlib.sha256(data).hexdigest())
+            if check == "once" and self.verified.get(part.path) == (part.sha256, stamp):
+                made = _unless_changed(lambda: self._decode(part, file, decode), lambda: _stamp(file) == stamp)
+                if made is not None:
+                    return made[0]
+                stamp = _stamp(file)  # it was written to meanwhile
+                _same_size(part, os.fstat(file.fileno()).st_size)
+            # What is decoded are the bytes whose digest was right, whatever becomes of the file.
+            data = _read_right(part, file)
+            if _stamp(file) == stamp:
+                self.verified[part.path] = (part.sha256, stamp)
             return decode(data)
 
     def _decode_entry(self, cache: PartCache, part: Part, source: Any, decode: Callable[[Any], T]) -> T:
@@ -201,6 +198,19 @@ class RangedFile:
             data[at : at + len(piece)] = piece
             at += len(piece)
         self._held.append((start, data[:at]))
+
+
+def _read_right(part: Part, file: Any) -> NDArray[np.uint8]:
+    """All bytes of a file; IntegrityError unless they are those of the part. Each is fetched from memory once."""
+    data, digest, at = np.empty(part.bytes, np.uint8), hashlib.sha256(), 0
+    view = data.data
+    file.seek(0)
+    while count := file.readinto(view[at : at + HASH_BYTES]):
+        digest.update(view[at : at + count])
+        at += count
+    _same_size(part, at)
+    _same_digest(part, digest.hexdigest())
+    return data
 
 
 def _unless_changed(call: Callable[[], T], unchanged: Callable[[], bool]) -> tuple[T] | None:

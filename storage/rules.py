@@ -39,6 +39,7 @@ _GEOMETRY_TYPES: dict[str, type] = {
     **dict.fromkeys(("kv_dtype", "index"), str),
     "sliding_windows": list,
 }
+_GEOMETRY_OPTIONAL: dict[str, type] = {"streaming_heads": list}
 _PART_TYPES: dict[str, type] = {
     **dict.fromkeys(("bytes", "rows", "layer", "head_start", "head_stop"), int),
     **dict.fromkeys(("kind", "path", "sha256"), str),
@@ -52,10 +53,14 @@ def _refuse(name: str, where: str, value: object, fix: str) -> NoReturn:
 def check_types(name: str, values: dict[str, Any]) -> None:
     """Raise IntegrityError, naming the field, unless exactly the format's fields are there, each of its type."""
     _check_fields(name, values, _MANIFEST_TYPES)
-    _check_fields(name, values["geometry"], _GEOMETRY_TYPES, "geometry.")
+    there = {key: kind for key, kind in _GEOMETRY_OPTIONAL.items() if key in values["geometry"]}
+    _check_fields(name, values["geometry"], _GEOMETRY_TYPES | there, "geometry.")
     windows = values["geometry"]["sliding_windows"]
     if any(type(window) is not int for window in windows):
         _refuse(name, "geometry.sliding_windows", windows, "must be whole numbers")
+    streaming = values["geometry"].get("streaming_heads", [])
+    if any(type(heads) is not list or any(type(head) is not int for head in heads) for heads in streaming):
+        _refuse(name, "geometry.streaming_heads", streaming, "must be an array of whole numbers for each layer")
     for i, part in enumerate(values["parts"]):
         if not isinstance(part, dict):
             _refuse(name, f"parts[{i}]", part, "must be an object")
@@ -129,6 +134,13 @@ def _check_geometry(geometry: Geometry, rule: Rule) -> None:
         windows,
         f"must be one number >= 0 for each of {geometry.n_layers} layers",
     )
+    streaming = geometry.streaming_heads
+    sound = len(streaming) in (0, geometry.n_layers) and all(
+        not heads or (not window and _ascending(heads, geometry.n_kv_heads))
+        for heads, window in zip(streaming, windows, strict=False)
+    )
+    fix = f"must be, for each of {geometry.n_layers} layers, ascending heads; none where the layer has a window"
+    rule(sound, "geometry.streaming_heads", streaming, fix)
 
 
 def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
@@ -144,7 +156,9 @@ def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
         rule(0 <= part.layer < geometry.n_layers, f"{where}.layer", part.layer, f"must be in [0, {geometry.n_layers})")
         heads = (part.head_start, part.head_stop)
         rule(0 <= heads[0] < heads[1] <= geometry.n_kv_heads, f"{where}.head_start", heads, "must be a range of heads")
-        rows = manifest.layer_rows(part.layer)
+        streaming = geometry.streaming_among(part.layer, range(*heads))
+        rule(streaming in (0, heads[1] - heads[0]), f"{where}.head_start", heads, "all or none of them must stream")
+        rows = manifest.stored_rows(part.layer, streaming=streaming > 0)
         low = (heads[1] - heads[0]) * rows * 2 * geometry.head_dim * ITEM_BYTES[geometry.kv_dtype]
     rule(part.rows == rows, f"{where}.rows", part.rows, f"must be {rows}")
     rule(low < part.bytes <= _MAX_PART_BYTES, f"{where}.bytes", part.bytes, f"must be in ({low}, {_MAX_PART_BYTES}]")
@@ -164,3 +178,7 @@ def _check_coverage(manifest: Manifest, rule: Rule) -> None:
     for layer, stop in enumerate(stops):
         what = f"layer {layer}: must cover {manifest.geometry.n_kv_heads} heads"
         rule(stop == manifest.geometry.n_kv_heads, "parts", stop, what)
+
+
+def _ascending(heads: tuple[int, ...], n_heads: int) -> bool:
+    return list(heads) == sorted({*heads}) and heads[0] >= 0 and heads[-1] < n_heads

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,9 +178,12 @@ class IndexStore:
         folder = self.folder
         folders = folder.subfolders("manifests") if fingerprint is None else [f"manifests/{fingerprint[:16]}"]
         start = document_key(document_id) + "-"
-        with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
-            listed = pool.map(lambda path: folder.files(path, start), folders)
-            paths = [file.path for files in listed for file in files]
+        if folder.is_local:  # where threads would wait for each other, once for every name in a folder
+            listed = [folder.files(path, start) for path in folders]
+        else:
+            with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+                listed = list(pool.map(lambda path: folder.files(path, start), folders))
+        paths = [file.path for files in listed for file in files]
         found = self.read_manifests(paths, on_error=on_error)
         return [m for m in found if m.document_id == document_id and fingerprint in (None, m.fingerprint)]
 
@@ -229,7 +232,7 @@ class IndexStore:
         """Keys, values and graph of a layer, joined over its parts.
 
         Args:
-            heads: Consecutive KV heads; all by default.
+            heads: Consecutive KV heads that all stream or all do not; all by default. See `read_heads`.
             check: Compare each part's SHA-256 with the manifest's, of the bytes in the store itself. Without it a
                 changed byte may pass unnoticed, but only the bytes of the wanted heads are read. ``"once"``: through
                 the cache; or, on a local disk, unless this store has read the part before, found it right, and the
@@ -237,21 +240,39 @@ class IndexStore:
 
         Raises:
             IntegrityError: A part is missing, changed, or belongs elsewhere.
+            StoreError: There is no such layer or head, or some of the heads stream and some do not.
         """
-        from rabatch.storage.joining import join
-
         n_heads = manifest.geometry.n_kv_heads
         heads = range(n_heads) if heads is None else heads
         if not 0 <= layer < manifest.geometry.n_layers:
             raise StoreError("layer", layer, f"must be in [0, {manifest.geometry.n_layers})")
         if len(heads) == 0 or heads.step != 1 or heads.start < 0 or heads.stop > n_heads:
             raise StoreError("heads", heads, f"must be a non-empty range within {n_heads} KV heads")
-        parts = [p for p in manifest.parts if p.kind == "layer" and p.layer == layer]
+        streaming = manifest.geometry.streaming_among(layer, heads)
+        if streaming not in (0, len(heads)):
+            raise StoreError("heads", heads, f"only {streaming} of these heads of layer {layer} stream; use read_heads")
+        return self._joined(manifest, layer, heads, check)
+
+    def read_heads(self, manifest: Manifest, layer: int, *, streaming: bool, check: Check = True) -> LayerBlock | None:
+        """All streaming heads of a layer, which hold the static set only, or all others; None if there are none.
+
+        They are numbered by their place in `Geometry.heads`. `check` and errors as of `read_layer`.
+        """
+        heads = manifest.geometry.heads(layer, streaming=streaming)
+        return self._joined(manifest, layer, heads, check) if heads else None
+
+    def _joined(self, manifest: Manifest, layer: int, heads: Sequence[int], check: Check) -> LayerBlock:
+        from rabatch.storage.joining import join
+
+        parts = [p for p in manifest.parts if p.kind == "layer" and p.layer == layer and p.head_start <= heads[-1]]
         blocks = []
         for part in sorted(parts, key=lambda p: p.head_start):
-            wanted = range(max(heads.start, part.head_start), min(heads.stop, part.head_stop))
+            wanted = [
+                head for head in heads if part.head_start <= head < part.head_stop
+            ]  # in a part they are of a kind
             if wanted:
-                blocks.append(self.read_part(manifest, part, heads=wanted, check=check))
+                some = range(wanted[0], wanted[-1] + 1)
+                blocks.append(self.read_part(manifest, part, heads=some, check=check))
         return blocks[0] if len(blocks) == 1 else join(manifest, blocks)
 
     def read_part(

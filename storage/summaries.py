@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
             ("dtype", pa.string()),
             ("index", pa.string()),
             ("degree", pa.int64()),
+            ("heads", pa.int64()),  # KV heads of all layers
+            ("streaming_heads", pa.int64()),  # of them, those that keep the static set only
             ("sink_tokens", pa.int64()),
             ("window_tokens", pa.int64()),
             ("context_tokens", pa.int64()),
@@ -59,6 +61,8 @@ def summarise(manifest: Manifest, tag: str) -> dict[str, Any]:
         "dtype": shape.kv_dtype,
         "index": shape.index,
         "degree": shape.degree,
+        "heads": shape.n_layers * shape.n_kv_heads,
+        "streaming_heads": sum(map(len, shape.streaming_heads)),
         "sink_tokens": shape.sink_tokens,
         "window_tokens": shape.window_tokens,
         "context_tokens": manifest.context_tokens,

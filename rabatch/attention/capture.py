@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class PrefillCapture:
     Args:
         contexts: In the order in which their tokens follow each other; each attends itself only.
         outbox: Brings results to the host.
+        unsampled: Layers of which no best keys are wanted, as no head of theirs gets an index. Of a layer in which some
+            heads do, the lists of all are made, as one pass over the scores makes them.
 
     Attributes:
         chunk_start: Where the chunk of the next call starts in the row of all contexts' tokens.
@@ -26,8 +28,9 @@ class PrefillCapture:
         logits: By layer, as `windows`: the factor on q . k, and the bound of the result, 0 for none.
     """
 
-    def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox) -> None:
+    def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox, *, unsampled: Set[int] = frozenset()) -> None:
         self.contexts = list(contexts)
+        self.unsampled = unsampled
         self.chunk_start = 0
         self.windows: dict[int, int] = {}
         self.logits: dict[int, tuple[float, float]] = {}
@@ -37,7 +40,7 @@ class PrefillCapture:
         self.windows[call.layer] = call.sliding_window
         self.logits[call.layer] = float(call.scaling), float(call.softcap or 0)
         stretches = self._stretches(call.query.shape[2])
-        sampling = not call.sliding_window
+        sampling = not call.sliding_window and call.layer not in self.unsampled
         found = attention_topk(
             call.query[0],
             call.key[0],

@@ -31,7 +31,8 @@ class Seen(NamedTuple):
         mass: [context_tokens], float32: where the attention of its answering tokens went, summed over heads and tokens.
         attended_share: Context keys attended / context keys, mean over tokens, query heads and full-attention layers.
         mass_share: Softmax mass held by the keys attended, mean likewise; of the mass of the others the estimate by
-            zones counts. None: nothing was estimated, so it is not known, or no layer has full attention.
+            zones counts, and what streaming heads do not keep has none. None: nothing was estimated, so it is not
+            known, or no layer has full attention.
     """
 
     mass: np.ndarray
@@ -125,12 +126,16 @@ class QuestionAttention:
         grouped = call.query.reshape(batch, n_kv, heads // n_kv, q_tokens, dim)
         layer = self.layers[call.layer]
         states = self.tails.append(call.layer, call.key, call.value)
-        if not call.sliding_window and not self._exact:
-            return self._sparse(call, layer, grouped.transpose(0, 1), states).to(call.query.dtype)
+        if not call.sliding_window:
+            self._queries[self._slots] += self.tails.counts.cpu().numpy()
+            if not self._exact:
+                return self._sparse(call, layer, grouped, states).to(call.query.dtype)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         tail = self._tail(call, grouped, states)
-        whole = self._sliding if call.sliding_window else self._dense
-        out = merge([tail, whole(call, layer, rows, tail)]).out
+        if call.sliding_window:
+            out = merge([tail, self._sliding(call, layer, rows)]).out
+        else:
+            out = self._dense(call, layer, rows, tail)
         out = out.reshape(n_kv, batch, -1, q_tokens, dim).transpose(0, 1).reshape(batch, heads, q_tokens, dim)
         return out.transpose(1, 2).to(call.query.dtype)
 
@@ -142,8 +147,29 @@ class QuestionAttention:
             method != "streaming" and self._question and self.recipe.question_attention == "exact"
         )
 
-    def _sparse(self, call: AttentionCall, layer: ContextLayer, queries: Tensor, tail: tuple[Tensor, Tensor]) -> Tensor:
-        """Static set, found keys and tail; `queries` are [n_kv, batch, group, q_tokens, dim]."""
+    def _sparse(
+        self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, states: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Static set, found keys and tail; `grouped` queries are [batch, n_kv, group, q_tokens, dim]."""
+        if layer.streaming is None:
+            return self._sparse_group(call, layer, 0, grouped, states)
+        self.overlays.groups[call.layer] = tuple(group.heads for group in layer.groups)
+        batch, n_kv, _, q_tokens, _ = grouped.shape
+        out: Tensor | None = None
+        for number, group in enumerate(layer.groups):
+            mine = self._sparse_group(
+                call, group, number, grouped[:, group.heads], (states[0][:, group.heads], states[1][:, group.heads])
+            )
+            out = mine.new_empty((batch, q_tokens, n_kv, grouped.shape[2], mine.shape[3])) if out is None else out
+            out[:, :, group.heads] = mine.unflatten(2, (-1, grouped.shape[2]))
+        assert out is not None
+        return out.flatten(2, 3)
+
+    def _sparse_group(
+        self, call: AttentionCall, layer: ContextLayer, number: int, grouped: Tensor, tail: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Some KV heads of a layer, its group `number`; queries and tails are theirs."""
+        queries = grouped.transpose(0, 1)
         n_kv, batch, group, q_tokens, dim = queries.shape
         counts = self.tails.counts
         host = queries.reshape(n_kv, -1, dim).float().cpu()  # before the device is given the static set
@@ -162,7 +188,9 @@ class QuestionAttention:
                 found = Found(torch.full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64))
                 found.scores[:, real], found.ids[:, real] = some
             n_keys = layer.values.shape[1]
-            found = self.overlays.join(call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys)
+            found = self.overlays.join(
+                call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys, group=number
+            )
             return Found(*(t.to(queries.device) for t in found))
 
         attended = (attend_compiled if self.compiled else attend_sets)(
@@ -179,7 +207,7 @@ class QuestionAttention:
             goal=self.recipe.mass if self.recipe.budget == "mass" else 1.0,
             mass=self._mass[self._slots],
         )
-        self._count(attended.keys, attended.share)
+        self._count(attended.keys, attended.share, n_kv / call.key.shape[1])
         if layer.index_stop > layer.index_start and layer.zones is None:
             self._known[self._slots] = False
         return attended.out
@@ -206,17 +234,27 @@ class QuestionAttention:
             partial.lse.transpose(0, 1).reshape(n_kv, -1),
         )
 
-    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Partial:
+    def _sliding(self, call: AttentionCall, layer: ContextLayer, rows: Tensor) -> Partial:
         """A natively sliding layer: the context keys within the window of each query, by true positions."""
         group = call.query.shape[1] // call.key.shape[1]
         positions = (self.context_tokens + self.tails.places)[:, None].expand(-1, group, -1).reshape(-1)
-        n_rows = layer.keys.shape[1]
-        key_positions = layer.first_position + torch.arange(n_rows, device=layer.keys.device)
-        mask = key_positions[None, None, :] > positions[None, :, None] - call.sliding_window
+        mask = layer.positions[None, None, :] > positions[None, :, None] - call.sliding_window
         return dense_partial(rows, layer.keys, layer.values, scaling=call.scaling, softcap=call.softcap, mask=mask)
 
-    def _dense(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Partial:
-        """Every key of the context."""
+    def _dense(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Tensor:
+        """The tail, and every key of the context that is kept: [n_kv, n_rows, head_dim]."""
+        if layer.streaming is None:
+            return self._dense_group(call, layer, rows, tail, 1.0)
+        out = torch.empty_like(tail.out)
+        for group in layer.groups:
+            own = Partial(tail.out[group.heads], tail.lse[group.heads])
+            out[group.heads] = self._dense_group(call, group, rows[group.heads], own, len(group.keys) / len(rows))
+        return out
+
+    def _dense_group(
+        self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial, weight: float
+    ) -> Tensor:
+        """Some KV heads of a layer, `weight` of all of them."""
         scaling, softcap = call.scaling, call.softcap
         best = None
         if self.compiled and layer.keys.shape[1]:
@@ -224,17 +262,23 @@ class QuestionAttention:
         else:
             partial = dense_partial(rows, layer.keys, layer.values, scaling=scaling, softcap=softcap)
         counts = self.tails.counts.cpu().numpy()
-        self._count(counts * layer.keys.shape[1], counts.astype(np.float64))
-        self._observe(call, rows, layer.keys, best, merge([tail, partial]).lse)
-        return partial
+        self._count(counts * layer.keys.shape[1], counts.astype(np.float64), weight)
+        merged = merge([tail, partial])
+        self._observe(call, rows, layer, best, merged.lse)
+        return merged.out
 
-    def _count(self, keys: np.ndarray, share: np.ndarray) -> None:
-        """Context keys attended and softmax mass held by each question of the pass, summed over its tokens."""
-        self._attended[self._slots] += keys
-        self._share[self._slots] += share
-        self._queries[self._slots] += self.tails.counts.cpu().numpy()
+    def _count(self, keys: np.ndarray, share: np.ndarray, weight: float) -> None:
+        """Context keys attended and softmax mass held by each question of the pass, summed over its tokens.
 
-    def _observe(self, call: AttentionCall, rows: Tensor, keys: Tensor, best: list[Tensor] | None, lse: Tensor) -> None:
+        Args:
+            weight: Share of the layer's heads that they are the means of.
+        """
+        self._attended[self._slots] += weight * keys
+        self._share[self._slots] += weight * share
+
+    def _observe(
+        self, call: AttentionCall, rows: Tensor, layer: ContextLayer, best: list[Tensor] | None, lse: Tensor
+    ) -> None:
         """Adds where the exact attention of each question's last token went: it is the one that answers.
 
         Args:
@@ -250,14 +294,15 @@ class QuestionAttention:
             return apart[:, of_batch, :, counts - 1].movedim(0, 1)  # [n_kv, batch, group, ...]
 
         if best is None:
-            raw = torch.einsum("hbgd,hnd->hbgn", last(rows).float(), keys.float())
+            raw = torch.einsum("hbgd,hnd->hbgn", last(rows).float(), layer.keys.float())
         else:
             picked, raw = (last(t) for t in best)
         weights = torch.exp(logits(raw, call.scaling, call.softcap) - last(lse).unsqueeze(-1))
+        mass = torch.zeros((batch, self.context_tokens), device=rows.device)
         if best is None:
-            mass = weights.sum(dim=(0, 2))
+            mass[:, layer.positions] = weights.sum(dim=(0, 2))
         else:
             weights = weights.masked_fill(picked < 0, 0.0).permute(1, 0, 2, 3).reshape(batch, -1)
-            mass = torch.zeros((batch, self.context_tokens), device=rows.device)
-            mass.scatter_add_(1, picked.clamp_min(0).permute(1, 0, 2, 3).reshape(batch, -1), weights)
+            places = layer.positions[picked.clamp_min(0)].permute(1, 0, 2, 3).reshape(batch, -1)
+            mass.scatter_add_(1, places, weights)
         self._mass[self._slots] += mass.cpu().numpy()

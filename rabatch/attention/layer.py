@@ -20,7 +20,8 @@ from rabatch.index.zones import zone_sums
 
 @dataclass(frozen=True, eq=False)
 class ContextLayer:
-    """What one layer keeps of a context, keys and values on the model's device.
+    """What one layer keeps of a context, keys and values on the model's device: of all its heads, or of those that keep
+    every token, with the streaming heads beside them.
 
     Attributes:
         keys, values: [n_kv_heads, n_rows, head_dim] in the stored dtype.
@@ -31,6 +32,9 @@ class ContextLayer:
             (recipes dense and streaming, sliding layers), several under recipe auto.
         zones: int32 [n_kv_heads, index_stop - index_start], the zone of each key of the index; None: what is not
             retrieved is not estimated.
+        left_out: Tokens between row `index_start` - 1 and the next that streaming heads do not keep.
+        heads: Numbers of the layer's KV heads that `keys` is of. None: all of them.
+        streaming: The others, where some of a layer's heads stream and some do not.
     """
 
     keys: Tensor
@@ -41,6 +45,30 @@ class ContextLayer:
     budget: NDArray[np.int64]
     indexes: Mapping[str, KeyIndex] = field(default_factory=dict)
     zones: NDArray[np.int32] | None = None
+    left_out: int = 0
+    heads: Tensor | None = None
+    streaming: ContextLayer | None = None
+
+    @property
+    def groups(self) -> tuple[ContextLayer, ...]:
+        """The heads by kind, each of which is attended in one pass."""
+        return (self,) if self.streaming is None else (self, self.streaming)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Of the layer."""
+        return sum(len(group.keys) for group in self.groups)
+
+    @property
+    def context_tokens(self) -> int:
+        """Of the context, as far as the layer tells."""
+        return self.first_position + int(self.keys.shape[1]) + self.left_out
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each row in the context, int64 [n_rows]."""
+        rows = torch.arange(self.keys.shape[1], device=self.keys.device)
+        return self.first_position + rows + self.left_out * (rows >= self.index_start)
 
     @cached_property
     def static(self) -> StaticSet:
@@ -48,8 +76,9 @@ class ContextLayer:
         device, n_rows = self.keys.device, self.keys.shape[1]
         rows = torch.cat([torch.arange(0, self.index_start), torch.arange(self.index_stop, n_rows)]).to(device)
         keys, values = (t[:, rows].float() for t in (self.keys, self.values))
+        positions = self.positions[rows]
         if self.zones is None or not self.zones.size:
-            return StaticSet(keys, values, rows)
+            return StaticSet(keys, values, positions)
         stored_keys, stored_values = (stored_bits(t.cpu()) for t in (self.keys, self.values))
         half = self.keys.dtype == torch.float16
         made = zone_sums(
@@ -64,7 +93,7 @@ class ContextLayer:
         # A zone without keys stands for nothing: its weight is exp(-inf).
         means = [s / counts.clamp_min(1)[..., None] for s in sums]
         zones = Zones(torch.from_numpy(self.zones).to(device), counts, self.index_start)
-        return StaticSet(torch.cat([keys, means[0]], 1), torch.cat([values, means[1]], 1), rows, zones)
+        return StaticSet(torch.cat([keys, means[0]], 1), torch.cat([values, means[1]], 1), positions, zones)
 
     @cached_property
     def shared(self) -> SharedKeys:
@@ -74,10 +103,11 @@ class ContextLayer:
     def prepare(self, recipe: Recipe) -> None:
         """Make what passes under a recipe will read."""
         on_cpu = self.keys.device.type == "cpu"
-        if recipe.method != "dense":
-            _ = self.static.panels if on_cpu else self.static
-        if recipe.attends_all and on_cpu and self.keys.shape[1]:
-            _ = self.shared
+        for group in self.groups:
+            if recipe.method != "dense":
+                _ = group.static.panels if on_cpu else group.static
+            if recipe.attends_all and on_cpu and group.keys.shape[1]:
+                _ = group.shared
 
     def find(self, rows: NDArray[np.float32], method: str) -> Found:
         """The keys that an index finds, on the CPU, as rows of the layer.

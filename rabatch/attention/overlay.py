@@ -28,12 +28,15 @@ class Overlays:
 
     Attributes:
         begins: int64 [slots]: where the part of each tail begins that is attended whole.
+        groups: By layer, the KV heads of each group of heads that is searched by itself; None for all heads, as where
+            a layer is not named.
     """
 
     def __init__(self, tails: Tails, n_layers: int, slots: int, limit: int) -> None:
         self._tails = tails
         self._limit = limit
-        self._indexes: list[dict[int, KeyIndex]] = [{} for _ in range(slots)]
+        self.groups: dict[int, tuple[Tensor | None, ...]] = {}
+        self._indexes: list[dict[tuple[int, int], KeyIndex]] = [{} for _ in range(slots)]  # by layer and group
         self._n_layers = n_layers
         self.begins = torch.zeros(slots, dtype=torch.int64, device=tails.lengths.device)
 
@@ -46,11 +49,13 @@ class Overlays:
                 keys = self._tails.keys(layer, slot, entering)
                 if keys is None:
                     continue
-                new = np.ascontiguousarray(keys.float().cpu().numpy())
-                if layer in self._indexes[slot]:
-                    self._indexes[slot][layer].insert(new)
-                else:
-                    self._indexes[slot][layer] = FlatIndex(new)
+                for group, heads in enumerate(self.groups.get(layer, (None,))):
+                    mine = keys if heads is None else keys[heads]
+                    new = np.ascontiguousarray(mine.float().cpu().numpy())
+                    if (layer, group) in self._indexes[slot]:
+                        self._indexes[slot][layer, group].insert(new)
+                    else:
+                        self._indexes[slot][layer, group] = FlatIndex(new)
             self.begins[slot] = entering.stop
 
     def clear(self, slot: int) -> None:
@@ -62,15 +67,18 @@ class Overlays:
         self._indexes[target], self.begins[target] = self._indexes[source], self.begins[source]
         self._indexes[source] = {}
 
-    def join(self, layer: int, slots: slice, rows: Tensor, found: Found, *, k: int, n_keys: int) -> Found:
+    def join(
+        self, layer: int, slots: slice, rows: Tensor, found: Found, *, k: int, n_keys: int, group: int = 0
+    ) -> Found:
         """The best `k` of what a context's index found and of what the overlays of these slots hold.
 
         Args:
+            group: Which of the layer's `groups` the rows are of.
             rows: [n_kv, batch * rows of a question, head_dim], on the CPU, float32.
             found: Of the same rows.
             n_keys: Rows of the layer; keys of a tail are numbered from there on.
         """
-        indexes = [self._indexes[slot].get(layer) for slot in range(slots.start, slots.stop)]
+        indexes = [self._indexes[slot].get((layer, group)) for slot in range(slots.start, slots.stop)]
         longest = max((index.n_keys for index in indexes if index is not None), default=0)
         if not longest:
             return found

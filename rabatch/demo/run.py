@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rabatch.config import GenerationSettings, Method
+from rabatch.config import GenerationSettings, Method, Resources
 from rabatch.demo.corpus import write_corpus
 from rabatch.errors import StoreError
 
@@ -24,6 +24,8 @@ def run_demo(
     questions: int = 8,
     seed: int = 0,
     keep: str | None = None,
+    store: str | None = None,
+    storage_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write a corpus, build its indexes, answer its questions with each of `RECIPES`.
@@ -32,6 +34,9 @@ def run_demo(
         tokens: Of each document, at least.
         questions: About each document.
         keep: Folder for corpus, store and answers. None: a temporary one.
+        store: Path or fsspec URL of the index store, which stays. None: in that folder. Parts of a store elsewhere are
+            cached in that folder.
+        storage_options: Of fsspec, for `store`.
         progress: Bars on stderr.
 
     Returns:
@@ -48,16 +53,17 @@ def run_demo(
         corpus = write_corpus(
             str(folder / "corpus"), n_documents=documents, tokens=tokens, n_questions=questions, seed=seed
         )
-        store = str(folder / "index")
-        built = build(corpus["paths"]["documents"], store=store, progress=progress)
+        where: dict[str, Any] = {"store": store or str(folder / "index"), "storage_options": storage_options}
+        built = build(corpus["paths"]["documents"], progress=progress, **where)
         answered = {
             method: answer(
                 corpus["paths"]["questions"],
-                store=store,
                 recipe=method,
                 generation=GenerationSettings(max_new_tokens=_MAX_NEW_TOKENS),
                 output=str(folder / f"answers-{method}"),
+                resources=Resources(cache_dir=str(folder / "cache")),
                 progress=progress,
+                **where,
             )
             for method in RECIPES
         }
@@ -78,6 +84,7 @@ def run_demo(
         "failed": built.failed + sum(result.failed for result in answered.values()),
         "samples": _samples(answered["graph"].rows),
         "folder": keep,
+        "store": store,
     }
 
 
@@ -113,6 +120,8 @@ def format_report(report: dict[str, Any]) -> str:
         lines += ["", f"{report['failed']} rows failed"]
     if report["folder"]:
         lines += ["", f"kept in {report['folder']}"]
+    if report["store"]:
+        lines += ["", f"index store {report['store']}"]
     return "\n".join(lines)
 
 

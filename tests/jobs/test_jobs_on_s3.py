@@ -15,6 +15,7 @@ import rabatch
 from rabatch.cli import main
 from rabatch.config import BuildConfig, Resources
 from rabatch.demo.corpus import write_corpus
+from rabatch.demo.run import run_demo
 from rabatch.errors import IntegrityError
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
@@ -22,10 +23,10 @@ from rabatch.storage.answers import AnswerStore
 from rabatch.storage.answers import exported as exported_rows
 from rabatch.storage.store import IndexStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options() -> Iterator[dict[str, Any]]:
     """Options of fsspec for a server with the bucket `bucket`. They carry the credentials, so that actors have them."""
     server = ThreadedMotoServer(port=0)
@@ -95,3 +96,27 @@ def test_build_and_answer_on_s3(local_ray, tmp_path, options, monkeypatch):
     filesystem.rm_file(part)
     with pytest.raises(IntegrityError, match=part.rsplit("/", 1)[-1]):
         list(exported_rows(AnswerStore("s3://bucket/answers", storage_options=options)))
+
+
+def test_the_whole_demo_on_s3(local_ray, options, capsys):
+    """The store on a server changes no answer and no size; then it is listed, verified and compacted there."""
+    sizes = {"documents": 2, "tokens": 1500, "questions": 4, "seed": 3, "progress": False}
+    here = run_demo(**sizes)
+    there = run_demo(**sizes, store="s3://bucket/demo", storage_options=options)
+    assert (there["failed"], there["documents"], there["questions"]) == (0, 2, 8)
+    for name in ("exact_match", "tokens", "kv_bytes", "stored_bytes"):
+        assert there[name] == here[name], name
+    assert there["attended_shares"] == pytest.approx(here["attended_shares"], rel=0.01)
+
+    def cli(command):
+        assert main([command, "--store", "s3://bucket/demo", "--storage-options", json.dumps(options), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    for _ in range(2):  # without a catalog, and with one
+        assert [row["document_id"] for row in cli("inspect")["documents"]] == ["doc-00000", "doc-00001"]
+        compacted = cli("compact")
+    assert (compacted["entries"], compacted["read"]) == (2, 0)
+    found = cli("verify")
+    assert (found["documents"], found["problems"]) == (2, [])
+    assert found["bytes"] == there["stored_bytes"]
+    assert cli("gc")["attempts"] == []

@@ -185,7 +185,7 @@ def test_the_report_of_the_demo():
     report = {
         "documents": 2, "tokens": 4000, "questions": 1, "exact_match": {"graph": 1.0, "dense": 1.0, "streaming": 0.0},
         "attended_share": 0.1, "attended_shares": {"graph": 0.1, "dense": 1.0, "streaming": None},
-        "stored_bytes": 15_000_000, "kv_bytes": 10_000_000, "failed": 0, "folder": None,
+        "stored_bytes": 15_000_000, "kv_bytes": 10_000_000, "failed": 0, "folder": None, "store": "s3://bucket/index",
         "seconds": {"build": 1.0, "answer": 2.0, "answer_dense": 3.0, "answer_streaming": 4.0},
         "samples": [{"document_id": "d", "question": "Who?", "expected": "A", "answer": "B", "reason": None}],
     }  # fmt: skip
@@ -195,6 +195,7 @@ def test_the_report_of_the_demo():
     lines = [line.split() for line in text.splitlines()]
     assert ["graph", "100.0%", "10.0%", "2.0"] in lines
     assert ["streaming", "0.0%", "-", "4.0"] in lines
+    assert lines[-1] == ["index", "store", "s3://bucket/index"]
 
 
 @pytest.mark.slow
