@@ -86,13 +86,13 @@ def disturbed(folder: Path, paths: dict[str, str], draw: random.Random, wanted: 
 def disturb(
     process: subprocess.Popen[bytes], command: list[str], draw: random.Random, killed: Counter[str], folder: Path
 ) -> None:
-    """Wait a random time after there is something to lose, then kill one of those at work."""
+    """Wait a random time, until there are actors, then kill one of them or the driver."""
     actors = ("PrefillActor", "GraphActor") if command[3] == "build" else ("AnswerActor",)
     victim = draw.choice(("driver", *actors))
     deadline = time.monotonic() + draw.uniform(0, 3)
     found: list[int] = []
     while process.poll() is None and (time.monotonic() < deadline or not found):
-        found = at_work(process.pid, draw.choice(actors) if victim == "driver" else victim)
+        found = actors_of(process.pid, draw.choice(actors) if victim == "driver" else victim)
         time.sleep(0.02)
     if process.poll() is None and found:
         pid = process.pid if victim == "driver" else draw.choice(found)
@@ -106,14 +106,15 @@ def disturb(
             end_session(process.pid)
 
 
-def at_work(pid: int, actor: str) -> list[int]:
+def actors_of(pid: int, actor: str) -> list[int]:
+    """Processes of an actor class, those that are still loading the model among them."""
     found = []
     for child in descendants(pid):
         try:
             line = Path(f"/proc/{child}/cmdline").read_text()
         except OSError:
             continue
-        if f"MapBatches({actor})" in line and "__init__" not in line:
+        if f"MapBatches({actor})" in line:
             found.append(child)
     return found
 
