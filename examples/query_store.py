@@ -18,10 +18,25 @@ ITEM_TYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy ha
 
 
 def column(table: pa.Table, name: str, item_type: str) -> np.ndarray:
-    """A fixed-size binary column as [rows, items]. Arrow keeps it as one block of memory, so nothing is parsed."""
-    array = table.column(name).combine_chunks()
-    raw = np.frombuffer(array.buffers()[1], np.uint8, len(array) * array.type.byte_width)
+    """The rows of a fixed-size binary column that are not null, [rows, items]: one block of memory in Arrow too, so
+    nothing is parsed."""
+    array = table.column(name).drop_null().combine_chunks()
+    width = array.type.byte_width
+    raw = np.frombuffer(array.buffers()[1], np.uint8, len(array) * width, array.offset * width)
     return raw.reshape(len(array), -1).view(item_type)
+
+
+def links_of(table: pa.Table, notes: dict) -> np.ndarray:
+    """The links that there are, counted from the first row of the index."""
+    degree, n = notes["degree"], notes["index_rows"]
+    if notes["neighbor_width"]:
+        links = column(table, "neighbors", "<u2" if notes["neighbor_width"] == 2 else "<i4")[notes["index_start"] :][:n]
+        return links[(links >= 0) & (links < n)]  # all bits set means no link
+    low = max(((n + 1) // degree).bit_length() - 1, 0)  # packed: low bits of each, then the rest of each in unary
+    bits = np.unpackbits(column(table, "neighbors", "u1"), axis=1, bitorder="little")
+    lows = bits[:, : degree * low].reshape(-1, degree, low) @ (1 << np.arange(low))
+    links = ((np.nonzero(bits[:, degree * low :])[1].reshape(-1, degree) - np.arange(degree)) << low) + lows
+    return links[links < n]  # n means no link
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
@@ -53,11 +68,8 @@ def main(store: str, document_id: str | None = None) -> int:
             keys = as_float32(column(table, "key", ITEM_TYPES[notes["dtype"]]))
             print(f"head {head}: keys {keys.shape}, mean norm {np.linalg.norm(keys, axis=1).mean():.3f}")
             if notes["graph"]:
-                # 3. Links count from the first row of the index; all bits set means no link.
-                links = column(table, "neighbors", "<u2" if notes["neighbor_width"] == 2 else "<i4")
-                links = links[notes["index_start"] :][: notes["index_rows"]]
-                found = links[links < notes["index_rows"]] if links.dtype == np.uint16 else links[links >= 0]
-                counts = np.bincount(found, minlength=notes["index_rows"])
+                # 3. Links count from the first row of the index.
+                counts = np.bincount(links_of(table, notes), minlength=notes["index_rows"])
                 best = np.argsort(-counts, kind="stable")[:3]
                 positions = table.column("position").to_numpy()[notes["index_start"] + best]
                 print(f"  most linked positions {positions.tolist()} with {counts[best].tolist()} links")

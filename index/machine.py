@@ -96,6 +96,8 @@ def add_scaled(out: np.ndarray, codes: np.ndarray, head: int, key: int, weight: 
 
 @overload(add_scaled, jit_options={"fastmath": FAST})  # type: ignore[misc]
 def _add_scaled(out, codes, head, key, weight, half):  # type: ignore[no-untyped-def]
+    if not isinstance(codes, types.Array):
+        return None  # `rabatch.index.token_codes` has them
     if codes.dtype != types.uint16:
 
         def number(out, codes, head, key, weight, half):  # type: ignore[no-untyped-def]

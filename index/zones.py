@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rabatch.errors import ConfigError, KeysError
 from rabatch.index.compiled import compiled, read_only, run_ranges, run_tasks
 from rabatch.index.machine import add_scaled
+from rabatch.index.token_codes import TokenCodes, sizes
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, greatest
 
 # Measured on real keys: the estimated output of a diffuse head is then 4-5 % off, where leaving the keys out costs 80 %
@@ -79,21 +80,21 @@ def partition(keys: NDArray[np.float32], *, zone_tokens: int, threads: int = 1) 
 
 
 def zone_sums(
-    keys: NDArray[np.generic],
-    values: NDArray[np.generic],
+    keys: NDArray[np.generic] | TokenCodes,
+    values: NDArray[np.generic] | TokenCodes,
     zones: NDArray[np.int32],
     *,
     half: bool = False,
-    first_row: int = 0,
+    first_row: int | tuple[int, int] = 0,
     threads: int = 1,
 ) -> ZoneSums:
     """Count and sum up the zones of every head; deterministic for any number of threads.
 
     Args:
-        keys, values: [n_kv_heads, n_rows, head_dim], float32 or the bits of 16-bit floats as uint16.
+        keys, values: [n_kv_heads, n_rows, head_dim], float32, the bits of 16-bit floats as uint16, int8, or codes.
         zones: [n_kv_heads, n_keys], int32: of the rows from `first_row` on.
         half: Whether bits are IEEE float16; else they are bfloat16.
-        first_row: The row that the first zone number is of.
+        first_row: The row that the first zone number is of; or that of the keys and that of the values.
         threads: Heads are divided among them.
 
     Returns:
@@ -103,24 +104,29 @@ def zone_sums(
         KeysError: `zones` holds a number below 0, or has other heads or more rows than the keys.
         ConfigError: Keys or values are of another dtype.
     """
-    for name, states in (("keys", keys), ("values", values)):
-        if states.dtype not in (np.float32, np.uint16):
+    first_rows = first_row if isinstance(first_row, tuple) else (first_row, first_row)
+    for name, states, first in (("keys", keys, first_rows[0]), ("values", values, first_rows[1])):
+        held = states.codes if isinstance(states, TokenCodes) else states
+        if not isinstance(states, TokenCodes) and held.dtype not in (np.float32, np.uint16, np.int8):
             raise ConfigError(
-                f"{name}.dtype", str(states.dtype), "must be float32 or the bits of 16-bit floats, uint16"
+                f"{name}.dtype", str(held.dtype), "must be float32, int8 or the bits of 16-bit floats, uint16"
             )
-        if len(states) != len(zones) or not 0 <= first_row <= states.shape[1] - zones.shape[1]:
-            raise KeysError("zones", zones.shape, f"do not fit {name} {states.shape} from row {first_row} on")
+        if len(held) != len(zones) or not 0 <= first <= held.shape[1] - zones.shape[1]:
+            raise KeysError("zones", zones.shape, f"do not fit {name} {held.shape} from row {first} on")
     if zones.size and zones.min() < 0:
         raise KeysError("zones", int(zones.min()), "must be >= 0")
     n_heads, n_zones = len(zones), int(zones.max(initial=-1)) + 1
     counts = np.zeros((n_heads, n_zones), np.int64)
-    sums = [np.zeros((n_heads, n_zones, states.shape[2]), np.float32) for states in (keys, values)]
-    inputs = [read_only(array) for array in (keys, values, np.asarray(zones, np.int32))]
-
-    def add(start: int, stop: int) -> None:
-        _add_heads(start, stop, *inputs, half, first_row, counts, *sums)
-
-    run_ranges(add, n_heads, threads=threads)
+    of_key = read_only(np.asarray(zones, np.int32))
+    sums = []
+    for states, first in zip((keys, values), first_rows, strict=True):
+        summed = np.zeros((n_heads, n_zones, sizes(states)[1]), np.float32)
+        given = states._replace(codes=read_only(states.codes)) if isinstance(states, TokenCodes) else read_only(states)
+        rest = given, of_key, half, first, summed
+        run_ranges(lambda start, stop, rest=rest: _add_heads(start, stop, *rest), n_heads, threads=threads)  # type: ignore[misc]
+        sums.append(summed)
+    for head, of_head in enumerate(zones):
+        counts[head] = np.bincount(of_head, minlength=n_zones)
     return ZoneSums(counts, *sums)
 
 
@@ -182,10 +188,7 @@ def _move(keys, nearest, centroids):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add_heads(start, stop, keys, values, zones, half, first_row, counts, key_sums, value_sums):  # type: ignore[no-untyped-def]
+def _add_heads(start, stop, states, zones, half, first_row, sums):  # type: ignore[no-untyped-def]
     for head in range(start, stop):
         for i in range(zones.shape[1]):
-            zone, row = zones[head, i], first_row + i
-            counts[head, zone] += 1
-            add_scaled(key_sums[head, zone], keys, head, row, np.float32(1), half)  # type: ignore[arg-type]
-            add_scaled(value_sums[head, zone], values, head, row, np.float32(1), half)  # type: ignore[arg-type]
+            add_scaled(sums[head, zones[head, i]], states, head, first_row + i, np.float32(1), half)  # type: ignore[arg-type]

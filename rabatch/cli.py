@@ -1,4 +1,4 @@
-"""The command line: `rabatch demo`, `corpus`, `run`, `build`, `answer`, `answers`, `report` and those on stores.
+"""The command line: `rabatch COMMAND`, with the commands of `_COMMANDS`.
 
 Each command imports what it runs, so that `rabatch --help` stays fast. Exit codes: 0 all good, 1 some rows failed or
 something is wrong with a store, 2 could not run.
@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_answers, cli_arguments, cli_report, cli_store
+from rabatch import __version__, cli_answers, cli_arguments, cli_jobs, cli_report, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,run,build,answer,answers,report,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,run,build,answer,answers,report,plan,submit,schedule,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli_answers.add_command(add)
     example = "--store index --answers answers --report-html report.html"
     cli_report.add_arguments(add("report", cli_report.run, "write a page about what lies in the stores", example))
+    cli_jobs.add_commands(add)
     cli_store.add_commands(add)
     return parser
 

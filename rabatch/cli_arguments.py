@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 from rabatch.config import (
+    CODECS,
     DTYPES,
     INDEX_KINDS,
     METHODS,
@@ -174,6 +175,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
+    for of in ("key", "value"):
+        what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
+        group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
     text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
     group.add_argument("--head-pattern", metavar="PATH", help=text)
     kept = group.add_mutually_exclusive_group()
@@ -308,6 +312,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         zone_tokens=arguments.zone_tokens,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
+        key_codec=arguments.key_codec,
+        value_codec=arguments.value_codec,
         head_pattern=arguments.head_pattern,
         head_sparsity=arguments.sparsity,
         head_threshold=arguments.threshold,

@@ -16,6 +16,9 @@ METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "a
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
 INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
 
+Codec = Literal["none", "int8", "int4", "kivi2"]
+CODECS: tuple[Codec, ...] = ("none", "int8", "int4", "kivi2")
+
 
 class _Checked:
     """`to_dict`, `from_dict` that rejects unknown fields, and small range checks."""
@@ -116,6 +119,9 @@ class BuildConfig(_Checked):
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
+        key_codec, value_codec: How keys and values of the index are encoded, the static set left as it is: ``"none"``,
+            ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in KIVI's groups of 32: keys of
+            one channel, values of one token).
         head_pattern: Which KV heads keep the whole context; the others, streaming heads, keep the static set only
             (DuoAttention). A folder with gates in the published form, or a row per layer of gates, or of true and
             false. Read when the object is made, which then holds true and false. None: all heads do.
@@ -134,6 +140,8 @@ class BuildConfig(_Checked):
     zone_tokens: int = 64
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
+    key_codec: Codec = "none"
+    value_codec: Codec = "none"
     head_pattern: str | os.PathLike[str] | Sequence[Sequence[float]] | None = None
     head_sparsity: float | None = None
     head_threshold: float | None = None
@@ -146,6 +154,8 @@ class BuildConfig(_Checked):
         self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
         self._one_of("index", INDEX_KINDS)
         self._one_of("kv_dtype", ("auto", *DTYPES))
+        self._one_of("key_codec", CODECS)
+        self._one_of("value_codec", CODECS)
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
 
@@ -179,6 +189,9 @@ class BuildConfig(_Checked):
         if rows is not None and not all(map(all, rows)):  # without a streaming head all is as without a pattern
             fields["head_pattern"] = [list(row) for row in rows]
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
+        for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
+            if fields[name] == "none":
+                del fields[name]
         if not self.builds("graph"):
             del fields["graph"]
         if self.index == "none":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rabatch.attention.coded import CodedRows
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
@@ -25,6 +26,7 @@ from rabatch.loading import LoadedModel
 from rabatch.memory import LayerPool, StoredLayer
 from rabatch.selectors import methods_of, open_indexes
 from rabatch.storage.failures import REBUILD
+from rabatch.storage.joining import decoded
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.store import IndexStore
@@ -207,9 +209,13 @@ def _context_layer(
     block: LayerBlock, manifest: Manifest, recipe: Recipe, loaded: LoadedModel, threads: int
 ) -> ContextLayer:
     sliding = manifest.geometry.sliding_windows[block.layer]
-    rows = block.keys.shape[1]
+    rows = block.rows
     start, stop = (rows, rows) if sliding else (manifest.index_start, manifest.index_stop)
     device = loaded.config.device
+    if block.key_codes is not None and block.key_codes.codec != "int8":
+        block = decoded(block, ("key",))  # a search would need the steps of 32 keys for every one that it scores
+    coded = (None if c is None else CodedRows.of(c, start, device) for c in (block.key_codes, block.value_codes))
+    key_codes, value_codes = coded
     geometry, n_kv = manifest.geometry, block.n_heads
     keeping = (bool(geometry.heads(number, streaming=False)) for number in range(geometry.n_layers))
     full = [i for i, (w, some) in enumerate(zip(geometry.sliding_windows, keeping, strict=True)) if some and not w]
@@ -232,4 +238,6 @@ def _context_layer(
         budget=budget,
         indexes=open_indexes(methods, recipe, block, np.flatnonzero(budget), start, stop, threads=threads),
         zones=block.zones if retrieving and recipe.estimate is not False else None,
+        key_codes=key_codes,
+        value_codes=value_codes,
     )

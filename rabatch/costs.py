@@ -61,7 +61,8 @@ def _pass_seconds(context: OpenContext, recipe: Recipe, questions: int, q_tokens
         layer = context.layers[number]
         length = round(2 * math.log2(layer.context_tokens))
         kinds = tuple((len(group.keys), group.left_out > 0) for group in layer.groups)
-        key = (length, kinds, tuple(layer.indexes), shape, layer.keys.dtype, settings, questions, q_tokens, device)
+        held = layer.keys.dtype, *(c and c.codec for c in (layer.key_codes, layer.value_codes))
+        key = (length, kinds, tuple(layer.indexes), shape, held, settings, questions, q_tokens, device)
         if key not in _seconds:
             _seconds[key] = layer_seconds(
                 layer, recipe, n_query_heads=shape.n_query_heads, questions=questions, q_tokens=q_tokens, device=device

@@ -60,6 +60,11 @@ def index_fields(config: ModelConfig, build: BuildConfig) -> dict[str, Any]:
     }
 
 
+def config_digest(config: ModelConfig) -> str:
+    """Of the model's config alone, as `model_fields` has it: what a plan knows a model by, for it reads no weights."""
+    return _digest(local_path(config, weights=False), ("config.json",))
+
+
 def check_heads(build: BuildConfig, geometry: ModelGeometry) -> None:
     """Raise ConfigError unless the head pattern, if there is one, is of the model's shape."""
     if build.head_pattern is not None:

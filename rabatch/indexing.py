@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rabatch.config import BuildConfig
+from rabatch.config import BuildConfig, Codec
 from rabatch.errors import KeysError
 from rabatch.index.base import QuerySample
 from rabatch.index.compiled import run_tasks
@@ -18,7 +19,9 @@ from rabatch.index.graph import build_layer
 from rabatch.index.profile import GRID, mass_profile
 from rabatch.index.scan import ScanIndex
 from rabatch.index.zones import partition
+from rabatch.storage.codecs import Of, encode
 from rabatch.storage.manifest import Manifest, Part, utc_now
+from rabatch.storage.packed_ids import ascending
 from rabatch.storage.parts import LayerBlock, TokensBlock
 from rabatch.storage.scan_codes import ScanCodes
 from rabatch.storage.store import IndexStore
@@ -55,7 +58,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         samples = _samples(unit, build, heads, geometry.head_dim)
         if build.builds("graph"):
             graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
-            neighbors = np.stack([graph.neighbors for graph in graphs])
+            neighbors = ascending(np.stack([graph.neighbors for graph in graphs]))  # no search sees their order
             if stop > start:
                 # Graphs may have fewer entry points than asked for; a repeated one changes no search.
                 entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
@@ -66,7 +69,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             zones = partition(indexed, zone_tokens=build.zone_tokens, threads=threads)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
     positions = static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)
-    return LayerBlock(
+    block = LayerBlock(
         layer=unit["layer"],
         head_start=unit["head_start"],
         positions=positions.astype(np.int32),
@@ -79,6 +82,26 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         profile=profile,
         index_start=0 if bare else start,
     )
+    return block if bare else coded_block(block, (start, stop), build.key_codec, build.value_codec)
+
+
+def coded_block(block: LayerBlock, indexed: tuple[int, int], key_codec: Codec, value_codec: Codec) -> LayerBlock:
+    """The block with keys and values of the rows `indexed` encoded; graph, codes and zones stay those of the numbers.
+
+    Raises:
+        KeysError: Numbers that a codec cannot hold.
+    """
+    start, stop = indexed
+    changed: dict[str, Any] = {}
+    of_states: tuple[tuple[Of, torch.Tensor, Codec], ...] = (
+        ("key", block.keys, key_codec),
+        ("value", block.values, value_codec),
+    )
+    for of, states, codec in of_states:
+        if codec != "none" and stop > start:
+            changed[f"{of}_codes"] = encode(states[:, start:stop].float().numpy(), codec, of)
+            changed[f"{of}s"] = torch.cat([states[:, :start], states[:, stop:]], dim=1)
+    return dataclasses.replace(block, **changed)
 
 
 def _samples(unit: Unit, build: BuildConfig, heads: int, head_dim: int) -> list[QuerySample]:

@@ -13,7 +13,8 @@ from rabatch.config import ModelConfig
 from rabatch.errors import ModelError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_FILES = [*_SMALL_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class ModelGeometry:
     head_dim: int
 
 
-def local_path(config: ModelConfig) -> Path:
+def local_path(config: ModelConfig, *, weights: bool = True) -> Path:
     """The folder that holds the model's files; a hub name is downloaded into the hub's cache first.
+
+    Args:
+        weights: Without them config and tokenizer are downloaded alone; they lie in the same folder.
 
     Raises:
         ModelError: Neither a folder with a config.json nor a model the hub (or its cache) has.
@@ -44,7 +48,8 @@ def local_path(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=_FILES))
+        wanted = _FILES if weights else _SMALL_FILES
+        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=wanted))
     except Exception as error:
         raise ModelError(
             "model", config.name, f"not a folder, and the hub could not deliver it ({type(error).__name__})"
@@ -66,7 +71,7 @@ def resolve(config: ModelConfig, *, has_cuda: bool) -> ModelConfig:
 
 def read_config(config: ModelConfig) -> Any:
     """The model's text configuration (transformers' object), checked to be one rabatch can run."""
-    path = local_path(config)
+    path = local_path(config, weights=False)
     try:
         loaded = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
@@ -124,7 +129,8 @@ def geometry_of(text_config: Any) -> ModelGeometry:
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. It must be a fast one: evidence needs character offsets."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_path(config), trust_remote_code=config.trust_remote_code)
+        path = local_path(config, weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError("model", config.name, f"its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:

@@ -149,7 +149,7 @@ def _units_of(
         "softcap": 0.0,
     }
     for layer, (head_start, head_stop), streaming in ranges:
-        keys, values = (states[head_start:head_stop] for states in cache.states(layer, *_rows(tokens, windows[layer])))
+        keys, values = cache.states(layer, *_rows(tokens, windows[layer]), heads=slice(head_start, head_stop))
         lists, queries = sample.of_heads(layer, head_start, head_stop)
         if streaming:  # the middle of the context ends here, and what was sampled for an index of it
             keys, values, lists, queries = keys[:, static], values[:, static], lists[:0], queries[:0]

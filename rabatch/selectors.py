@@ -76,8 +76,13 @@ def open_indexes(
     """
     if stop <= start or not len(heads):
         return {}
-    keys = block.keys[:, start:stop] if len(heads) == block.n_heads else block.keys[heads, start:stop]
-    codes = KeyCodes(DTYPE_NAMES[keys.dtype], stored_bits(keys))  # type: ignore[arg-type]
+    every = len(heads) == block.n_heads
+    if block.key_codes is not None:
+        held = block.key_codes if every else block.key_codes.select(heads)
+        codes = KeyCodes("int8", held.codes.view(np.int8), held.scale, held.center)
+    else:
+        keys = block.keys[:, start:stop] if every else block.keys[heads, start:stop]
+        codes = KeyCodes(DTYPE_NAMES[keys.dtype], stored_bits(keys))  # type: ignore[arg-type]
     return {
         method: RETRIEVING[method](dataclasses.replace(recipe, method=method), block, heads, codes, threads)
         for method in methods

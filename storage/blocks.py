@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rabatch.errors import StoreError
+from rabatch.storage.codecs import Coded, check_coded
 from rabatch.storage.scan_codes import ScanCodes, check_scan
 
 MAX_PART_BYTES = 1 << 30
@@ -26,7 +27,9 @@ class LayerBlock:
     Args:
         head_start: Number of the first head in the block.
         positions: [rows] int32, the context position of each row; shared by the heads.
-        keys, values: [n_heads, rows, head_dim], float32, bfloat16 or float16.
+        keys, values: [n_heads, rows, head_dim], float32, bfloat16 or float16; where those of the index are encoded, of
+            the other rows alone.
+        key_codes, value_codes: Keys and values of the index's rows, if these are encoded.
         neighbors: [n_heads, index_rows, degree] int32 ids in [0, index_rows), -1 for none; id `i` is row
             `index_start + i`. None: the layer has no graph.
         entries: [n_heads, E] int32 ids where a search starts. None without a graph.
@@ -48,6 +51,8 @@ class LayerBlock:
     zones: NDArray[np.int32] | None = None
     profile: NDArray[np.float32] | None = None
     index_start: int = 0
+    key_codes: Coded | None = None
+    value_codes: Coded | None = None
 
     @property
     def n_heads(self) -> int:
@@ -59,13 +64,24 @@ class LayerBlock:
 
     @property
     def rows(self) -> int:
-        return int(self.keys.shape[1])
+        return len(self.positions)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.keys.shape[2])
 
     @property
     def index_rows(self) -> int:
         if self.neighbors is not None:
             return int(self.neighbors.shape[1])
-        return 0 if self.scan is None else int(self.scan.codes.shape[1])
+        codes = [held.codes for held in (self.scan, self.key_codes, self.value_codes) if held is not None]
+        return int(codes[0].shape[1]) if codes else 0
+
+    @property
+    def codecs(self) -> tuple[str, str]:
+        """Of keys and of values; ``"none"`` where they are stored as they are."""
+        keys, values = (coded.codec if coded is not None else "none" for coded in (self.key_codes, self.value_codes))
+        return keys, values
 
     def select(self, heads: range) -> LayerBlock:
         """The block of some of its heads (numbered as in the model), sharing memory."""
@@ -82,6 +98,8 @@ class LayerBlock:
             zones=None if self.zones is None else self.zones[part],
             profile=None if self.profile is None else self.profile[part],
             index_start=self.index_start,
+            key_codes=None if self.key_codes is None else self.key_codes.select(part),
+            value_codes=None if self.value_codes is None else self.value_codes.select(part),
         )
 
     def split(self, max_bytes: int = MAX_PART_BYTES) -> Iterator[LayerBlock]:
@@ -89,7 +107,9 @@ class LayerBlock:
         degree = 0 if self.neighbors is None else int(self.neighbors.shape[2])
         ids = degree + (self.zones is not None) + 1  # of neighbors, zone, position
         codes = 0 if self.scan is None else self.scan.code_width
-        head_bytes = self.rows * (2 * int(self.keys.shape[2]) * self.keys.element_size() + 4 * ids + codes)
+        codes += sum(coded.row_bytes for coded in (self.key_codes, self.value_codes) if coded is not None)
+        plain = sum(int(states.shape[1]) for states in (self.keys, self.values))
+        head_bytes = plain * self.head_dim * self.keys.element_size() + self.rows * (4 * ids + codes)
         step = max(1, max_bytes // max(1, head_bytes))
         for start in range(self.head_start, self.head_stop, step):
             yield self.select(range(start, min(start + step, self.head_stop)))
@@ -100,11 +120,16 @@ class LayerBlock:
         optional = (
             (getattr(self, name), getattr(other, name)) for name in ("neighbors", "entries", "zones", "profile")
         )
-        scans = (self.scan, other.scan)
         return (
             mine == theirs
-            and (self.scan is None) == (other.scan is None)
-            and (scans[0] is None or scans[1] is None or scans[0].equals(scans[1]))
+            and all(
+                (a is None) == (b is None) and (a is None or a.equals(b))  # type: ignore[arg-type]
+                for a, b in (
+                    (self.scan, other.scan),
+                    (self.key_codes, other.key_codes),
+                    (self.value_codes, other.value_codes),
+                )
+            )
             and np.array_equal(self.positions, other.positions)
             and np.array_equal(bits(self.keys), bits(other.keys))
             and np.array_equal(bits(self.values), bits(other.values))
@@ -139,10 +164,17 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
 
     shape = tuple(block.keys.shape)
     rule(len(shape) == 3 and 0 not in (shape[0], shape[2]), "keys", shape, "must be [n_heads, rows, head_dim]")
-    rule(tuple(block.values.shape) == shape, "values", tuple(block.values.shape), f"must have the keys' shape {shape}")
+    rows = shape[1] + (0 if block.key_codes is None else block.index_rows)
+    rule(block.positions.shape == (rows,), "positions", block.positions.shape, f"must be [{rows}]")
+    shape = (shape[0], rows, shape[2])
+    for what, states, coded in (("keys", block.keys, block.key_codes), ("values", block.values, block.value_codes)):
+        plain = shape if coded is None else (shape[0], rows - block.index_rows, shape[2])
+        rule(tuple(states.shape) == plain, what, tuple(states.shape), f"must be {list(plain)}")
+        if coded is not None:
+            rule(f"{coded.of}s" == what, f"{coded.of}_codec", coded.codec, f"are no codes of {what}")
+            check_coded(coded, n_heads=shape[0], index_rows=block.index_rows, head_dim=shape[2], rule=rule)
     dtypes = (block.keys.dtype, block.values.dtype)
     rule(dtypes[0] in DTYPE_NAMES and dtypes[0] == dtypes[1], "dtype", dtypes, f"must be one of {list(TORCH_DTYPES)}")
-    rule(block.positions.shape == (shape[1],), "positions", block.positions.shape, f"must be [{shape[1]}]")
     rule(block.layer >= 0 and block.head_start >= 0, "layer", (block.layer, block.head_start), "must be >= 0")
     rule(
         block.index_start >= 0 and block.index_start + block.index_rows <= shape[1],

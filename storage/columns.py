@@ -23,6 +23,21 @@ def binary(array: NDArray[Any], width: int) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(width), flat.size // width, [None, pa.py_buffer(flat)])
 
 
+def some_rows(array: NDArray[np.uint8], held: NDArray[np.bool_]) -> pa.Array:
+    """Bytes of the rows that are `held`, [n, width], as a column of all rows; the others are null, which takes no bytes
+    of a file."""
+    every = np.zeros((len(held), array.shape[1]), np.uint8)
+    every[held] = array
+    return _with_nulls(every, held)
+
+
+def _with_nulls(held: NDArray[np.uint8], valid: NDArray[np.bool_]) -> pa.Array:
+    bits = np.packbits(valid, bitorder="little")
+    nulls = len(valid) - int(valid.sum())
+    buffers = [pa.py_buffer(bits), pa.py_buffer(held.reshape(-1))]
+    return pa.Array.from_buffers(pa.binary(held.shape[1]), len(held), buffers, null_count=nulls)
+
+
 def binary_ids(ids: NDArray[np.int32], *, rows: int, start: int, width: int) -> pa.Array:
     """Ids of the rows from `start` on, [n, ids per row], as a column of `rows`; other rows hold none."""
     every = np.full((rows, ids.shape[1]), -1, np.int32)
@@ -46,6 +61,29 @@ def bytes_of(table: pa.Table, column: str, rows: int) -> NDArray[np.uint8]:
     if rows == 0 or array.null_count:
         return np.empty((0, width), np.uint8)
     return np.frombuffer(array.buffers()[1], np.uint8, rows * width, array.offset * width).reshape(rows, width)
+
+
+def some_bytes_of(table: pa.Table, column: str, held: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Bytes of the rows of a column that are not null, [n, width].
+
+    Raises:
+        ValueError: They are not those that are `held`.
+    """
+    chunked = table.column(column)
+    array = chunked.chunk(0) if chunked.num_chunks == 1 else pa.concat_arrays(chunked.chunks)
+    rows, width = len(held), array.type.byte_width
+    valid = np.ones(rows, np.bool_)
+    if array.null_count:
+        packed = np.frombuffer(array.buffers()[0], np.uint8)
+        valid = np.unpackbits(packed, bitorder="little")[array.offset : array.offset + rows].astype(np.bool_)
+    if not np.array_equal(valid, held):
+        raise ValueError(f"column {column} must hold {int(held.sum())} rows and be null in the others")
+    if not rows:
+        return np.empty((0, width), np.uint8)
+    every = np.frombuffer(array.buffers()[1], np.uint8, rows * width, array.offset * width).reshape(rows, width)
+    first = int(held.argmax())
+    few = slice(first, first + int(held.sum()))
+    return every[few] if held[few].all() else every[held]  # most are in one piece: no copy
 
 
 def ids_of(table: pa.Table, column: str, rows: int, width: int) -> NDArray[np.int32]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
 from rabatch.errors import IntegrityError
 from rabatch.storage.blocks import LayerBlock
+from rabatch.storage.codecs import Of, decode
+from rabatch.storage.codecs import joined as joined_codes
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.manifest import Manifest, Part
 from rabatch.storage.scan_codes import joined
@@ -32,7 +38,11 @@ def check_against(manifest: Manifest, part: Part, block: LayerBlock) -> None:
         last = np.arange(manifest.context_tokens - rows, manifest.context_tokens)
         rule(np.array_equal(block.positions, last), "position", block.rows, f"the last {rows} tokens")
     bare = streaming or geometry.sliding_windows[part.layer] > 0
-    index_rows = 0 if bare or geometry.index == "none" else manifest.index_stop - manifest.index_start
+    codecs = (part.key_codec, part.value_codec)
+    rule(block.codecs == codecs, "codecs", block.codecs, codecs)
+    rule(not bare or codecs == ("none", "none"), "codecs", codecs, "none of heads without an index")
+    indexed = not bare and (geometry.index != "none" or codecs != ("none", "none"))
+    index_rows = manifest.index_stop - manifest.index_start if indexed else 0
     rule(block.index_rows == index_rows, "index_rows", block.index_rows, index_rows)
     place = (block.index_start, manifest.index_start)
     rule(index_rows == 0 or place[0] == place[1], "index_start", *place)
@@ -61,6 +71,9 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         if len({array is None for array in arrays}) != 1:
             there = [array is not None for array in arrays]
             raise IntegrityError(f"{manifest.path}: layer {first.layer}: {name}", there, "not in all of its parts")
+    if len({b.codecs for b in blocks}) != 1:
+        blocks = [decoded(b) for b in blocks]
+    coded = [[c for c in (getattr(b, f"{of}_codes") for b in blocks) if c is not None] for of in ("key", "value")]
     return LayerBlock(
         layer=first.layer,
         head_start=first.head_start,
@@ -73,4 +86,22 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         zones=None if zones[0] is None else np.concatenate([z for z in zones if z is not None]),
         profile=None if profiles[0] is None else np.concatenate([p for p in profiles if p is not None]),
         index_start=first.index_start,
+        key_codes=joined_codes(coded[0]) if coded[0] else None,
+        value_codes=joined_codes(coded[1]) if coded[1] else None,
     )
+
+
+def decoded(block: LayerBlock, which: Sequence[Of] = ("key", "value")) -> LayerBlock:
+    """The block with keys, values or both decoded and rounded to the dtype; what is not encoded stays as it is."""
+    changed: dict[str, Any] = {}
+    for of in which:
+        plain, coded = getattr(block, f"{of}s"), getattr(block, f"{of}_codes")
+        if coded is not None:
+            start, stop = block.index_start, block.index_start + block.index_rows
+            whole = torch.empty((block.n_heads, block.rows, block.head_dim), dtype=plain.dtype)
+            whole[:, :start], whole[:, stop:] = plain[:, :start], plain[:, start:]
+            for head in range(block.n_heads):
+                one = decode(coded.select(slice(head, head + 1)))
+                whole[head, start:stop] = torch.from_numpy(one[0]).to(plain.dtype)
+            changed |= {f"{of}s": whole, f"{of}_codes": None}
+    return dataclasses.replace(block, **changed)

@@ -3,6 +3,8 @@ a large one when it is read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,14 +15,16 @@ TOKEN_RATIO = 64
 """Bytes of the tokens in memory, per byte of their part. Of one token over and over and no text it is 9.5."""
 
 
-def check_layer_bytes(metadata: pq.FileMetaData, schema: pa.Schema, nbytes: int, name: str) -> None:
-    """Refuse a layer part that would take more memory than it has bytes. One that is compressed and lies about its
-    sizes can take 2 GiB more, of one page.
+def check_layer_bytes(metadata: pq.FileMetaData, value_bytes: Callable[[int], int], nbytes: int, name: str) -> None:
+    """Refuse a layer part whose values take more memory than it has bytes. One that is compressed and lies about its
+    sizes can take 2 GiB more, of one page; where columns are null in some rows, one row group at a time takes the
+    memory of those too.
 
     Args:
         metadata: Only what Arrow reads without a check of its own is asked of it: `column` of a damaged footer ends
             the process.
-        schema: Fixed-width columns.
+        value_bytes: Of so many rows of a row group. Positions do not count: they take 4 bytes a row, and next to none
+            of a file.
         nbytes: Size of the part.
 
     Raises:
@@ -32,8 +36,7 @@ def check_layer_bytes(metadata: pq.FileMetaData, schema: pa.Schema, nbytes: int,
     unpacked = [group.total_byte_size for group in groups]
     fits = min(unpacked) >= 0 and sum(unpacked) <= nbytes
     _rule(fits, f"{name}: compression", unpacked, f"are the sizes of row groups in {nbytes} bytes, and must be none")
-    row_bytes = sum(field.type.bit_width // 8 for field in schema)
-    wanted = sum(rows) * row_bytes
+    wanted = len(rows) * value_bytes(rows[0])
     _rule(wanted <= nbytes, f"{name}: rows", rows[0], f"take {wanted} bytes and do not fit into {nbytes} bytes")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rabatch.config import IndexKind
 from rabatch.errors import DocumentError, FormatVersionError, IntegrityError
 from rabatch.storage.failures import REBUILD
-from rabatch.storage.rules import FORMAT_VERSION, check_rules, check_types
+from rabatch.storage.rules import FORMAT_VERSION, OPTIONAL_PART_TYPES, check_rules, check_types
 
 DIGEST = "manifest_sha256"
 """Key of the SHA-256 of all other fields: a manifest holds numbers and texts that nothing else would contradict."""
@@ -44,6 +44,8 @@ class Part:
         bytes, sha256: Size and digest of the whole file.
         rows: Tokens in it (per head); its heads all stream or all do not.
         layer, head_start, head_stop: Which KV heads of which layer; -1, 0, 0 for the tokens part.
+        key_codec, value_codec: How keys and values of the index are encoded (`rabatch.config.CODECS`); parts of a layer
+            may differ.
     """
 
     kind: Literal["layer", "tokens"]
@@ -54,6 +56,8 @@ class Part:
     layer: int = -1
     head_start: int = 0
     head_stop: int = 0
+    key_codec: str = "none"
+    value_codec: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,13 @@ class Manifest:
         return sum(part.bytes for part in self.parts)
 
     @property
+    def codecs(self) -> str:
+        """How keys and values are encoded, as people read it: ``"none"``, ``"int8/kivi2"``; several where heads
+        differ."""
+        found = {(p.key_codec, p.value_codec) for p in self.parts if p.kind == "layer"} - {("none", "none")}
+        return ", ".join(sorted(f"{keys}/{values}" for keys, values in found)) or "none"
+
+    @property
     def index_start(self) -> int:
         """First row of the key index; rows outside [index_start, index_stop) are the static set."""
         return min(self.geometry.sink_tokens, self.context_tokens)
@@ -178,6 +189,7 @@ class Manifest:
         except (TypeError, ValueError, RecursionError) as error:
             raise DocumentError("metadata", self.metadata, f"must be JSON values: {error}") from error
         values = {**dataclasses.asdict(self), "geometry": self.geometry.to_dict()}
+        values["parts"] = [_without_defaults(part) for part in values["parts"]]
         values[DIGEST] = hashlib.sha256(_canonical(values)).hexdigest()
         return json.dumps(values, allow_nan=False, indent=1) + "\n"
 
@@ -231,6 +243,11 @@ def fingerprint_of(fields: dict[str, Any]) -> str:
         return hashlib.sha256(_canonical(fields)).hexdigest()
     except (TypeError, ValueError, RecursionError) as error:
         raise DocumentError("fingerprint_fields", fields, f"must be JSON values: {error}") from error
+
+
+def _without_defaults(part: dict[str, Any]) -> dict[str, Any]:
+    """Parts without a codec are written as they were before there were any, so that readers of then read them."""
+    return {key: value for key, value in part.items() if not (key in OPTIONAL_PART_TYPES and value == "none")}
 
 
 def _canonical(values: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 A layer part has one row group per KV head and one row per token. Keys, values, neighbors and zones are
 `fixed_size_binary`, so that a column of a row group is one block of memory in the layout the engine computes with.
+Codes of keys and values, and packed neighbors, are null outside the index; what is encoded is null in other columns.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 
 from rabatch.errors import IntegrityError, StoreError
 from rabatch.storage.blocks import DTYPE_NAMES, TORCH_DTYPES, LayerBlock, TokensBlock, bits, check_layer
-from rabatch.storage.columns import binary, binary_ids, binary_rows, bytes_of, id_width, ids_of
+from rabatch.storage.codecs import Coded, from_metadata
+from rabatch.storage.columns import binary, binary_ids, binary_rows, bytes_of, ids_of, some_bytes_of, some_rows
+from rabatch.storage.layout import PACKED, STATES, Layout
 from rabatch.storage.limits import check_layer_bytes, check_tokens_bytes
 from rabatch.storage.manifest import FORMAT_VERSION
-from rabatch.storage.scan_codes import from_metadata
+from rabatch.storage.packed_ids import pack, unpack
+from rabatch.storage.scan_codes import from_metadata as scan_from_metadata
 
 __all__ = [
     "LayerBlock",
@@ -30,12 +34,13 @@ __all__ = [
     "decode_tokens",
     "encode_layer",
     "encode_tokens",
-    "layer_schema",
 ]
 
 # No compression. Random-like bf16 keys and values, one core: none, lz4 and snappy keep 100% of the bytes, zstd 81%
 # at a third of the writing and half of the reading speed. No dictionary and no statistics: neither helps on them.
 _WRITER = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+# Positions follow each other: no bytes. The schema in Arrow's own form would hold the metadata a second time.
+_LAYER_WRITER = {**_WRITER, "column_encoding": {"position": "DELTA_BINARY_PACKED"}, "store_schema": False}
 _TOKENS = pa.schema(
     [
         pa.field("position", pa.int32(), nullable=False),
@@ -53,11 +58,7 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         StoreError: Shapes or dtypes of the block contradict each other, or a neighbor is out of range.
     """
     check_layer(block, StoreError, "block")
-    degree = 0 if block.neighbors is None else int(block.neighbors.shape[2])
-    width = id_width(block.index_rows)
-    n_zones = 0 if block.zones is None else int(block.zones.max(initial=-1)) + 1
-    zone_width = 0 if block.zones is None else id_width(n_zones)
-    key_bytes = int(block.keys.shape[2]) * block.keys.element_size()
+    layout = Layout.of(block)
     metadata = {
         "format_version": FORMAT_VERSION,
         "kind": "layer",
@@ -65,53 +66,51 @@ def encode_layer(block: LayerBlock, *, fingerprint: str, document_key: str) -> p
         "head_start": block.head_start,
         "head_stop": block.head_stop,
         "dtype": DTYPE_NAMES[block.keys.dtype],
-        "head_dim": int(block.keys.shape[2]),
-        "graph": block.neighbors is not None,
-        "degree": degree,
-        "neighbor_width": width,
-        "index_start": block.index_start,
-        "index_rows": block.index_rows,
+        "head_dim": block.head_dim,
+        **layout.metadata(),
         "entries": None if block.entries is None else block.entries.tolist(),
         **({"code_width": 0} if block.scan is None else block.scan.metadata()),
-        "zone_width": zone_width,
-        "n_zones": n_zones,
+        "n_zones": 0 if block.zones is None else int(block.zones.max(initial=-1)) + 1,
         # The shortest numbers that read back as the same float32.
         "profile": None if block.profile is None else [[float(str(x)) for x in shares] for shares in block.profile],
+        **({} if block.key_codes is None else block.key_codes.metadata()),
+        **({} if block.value_codes is None else block.value_codes.metadata()),
         "fingerprint": fingerprint,
         "document_key": document_key,
     }
-    code_width = 0 if block.scan is None else block.scan.code_width
-    schema = layer_schema(key_bytes, degree * width, code_width, zone_width).with_metadata(_to_text(metadata))
+    schema = layout.schema()
     positions = pa.array(np.asarray(block.positions, np.int32))
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, **_WRITER) as writer:
+    with pq.ParquetWriter(sink, schema, **_LAYER_WRITER) as writer:
         for head in range(block.n_heads):
-            columns = [positions, *(binary(bits(kv[head]), key_bytes) for kv in (block.keys, block.values))]
-            if block.neighbors is not None and degree:
-                columns.append(binary_ids(block.neighbors[head], rows=block.rows, start=block.index_start, width=width))
-            if block.scan is not None:
-                columns.append(binary_rows(block.scan.codes[head], rows=block.rows, start=block.index_start))
-            if block.zones is not None:
-                ids = block.zones[head][:, None]
-                columns.append(binary_ids(ids, rows=block.rows, start=block.index_start, width=zone_width))
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=max(1, block.rows))
+            columns = {"position": positions, **_columns(block, layout, head)}
+            table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+            writer.write_table(table, row_group_size=max(1, block.rows))
+        writer.add_key_value_metadata(_to_text(metadata))
     return sink.getvalue()
 
 
-def layer_schema(key_bytes: int, neighbor_bytes: int, code_width: int = 0, zone_width: int = 0) -> pa.Schema:
-    """Columns of a layer part; `neighbors`, `code` and `zone` only where there are any."""
-    fields = [
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("key", pa.binary(key_bytes), nullable=False),
-        pa.field("value", pa.binary(key_bytes), nullable=False),
-    ]
-    if neighbor_bytes:
-        fields.append(pa.field("neighbors", pa.binary(neighbor_bytes), nullable=False))
-    if code_width:
-        fields.append(pa.field("code", pa.binary(code_width), nullable=False))
-    if zone_width:
-        fields.append(pa.field("zone", pa.binary(zone_width), nullable=False))
-    return pa.schema(fields)
+def _columns(block: LayerBlock, layout: Layout, head: int) -> dict[str, pa.Array]:
+    """The binary columns of one head; those of no width too."""
+    rows, place = block.rows, {"rows": block.rows, "start": block.index_start}
+    columns: dict[str, pa.Array] = {}
+    for of, states, coded in zip(STATES, (block.keys, block.values), (block.key_codes, block.value_codes), strict=True):
+        if coded is None:
+            columns[of] = binary(bits(states[head]), layout.head_dim * layout.item_bytes)
+            continue
+        arrays = {of: bits(states[head]), f"{of}_code": coded.codes[head], f"{of}_group": coded.groups[head]}
+        columns |= {name: some_rows(a, layout.held(name, rows)) for name, a in arrays.items() if a.shape[1]}
+    if block.neighbors is not None and layout.degree:
+        if layout.neighbor_width == PACKED:
+            packed = pack(block.neighbors[head], block.index_rows)
+            columns["neighbors"] = some_rows(packed, layout.held("neighbors", rows))
+        else:
+            columns["neighbors"] = binary_ids(block.neighbors[head], **place, width=layout.neighbor_width)
+    if block.scan is not None and block.scan.code_width:
+        columns["code"] = binary_rows(block.scan.codes[head], **place)
+    if block.zones is not None:
+        columns["zone"] = binary_ids(block.zones[head][:, None], **place, width=layout.zone_width)
+    return columns
 
 
 def decode_layer(
@@ -143,96 +142,124 @@ def _decode_layer(
     schema = file.schema_arrow
     meta = _from_text(schema.metadata or {}, name)
     _check_expected(meta, expect, name)
-    sizes = ("layer", "head_start", "head_stop", "head_dim", "degree", "neighbor_width", "index_start", "index_rows")
-    for key in sizes:
-        if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31:
-            raise _damaged(name, key, meta.get(key), "must be a whole number >= 0")
-    if meta.get("dtype") not in TORCH_DTYPES:
-        raise _damaged(name, "dtype", meta.get("dtype"), f"must be one of {', '.join(TORCH_DTYPES)}")
-    if meta["neighbor_width"] not in (2, 4):
-        raise _damaged(name, "neighbor_width", meta["neighbor_width"], "must be 2 or 4")
-    dtype, graph = TORCH_DTYPES[meta["dtype"]], meta.get("graph") is True
-    head_dim, degree, width = meta["head_dim"], meta["degree"], meta["neighbor_width"]
+
+    def rule(holds: bool, where: str, value: object, fix: str) -> None:
+        if not holds:
+            raise _damaged(name, where, value, fix)
+
+    for key in ("layer", "head_start", "head_stop"):
+        rule(type(meta.get(key)) is int and 0 <= meta[key] < 2**31, key, meta.get(key), "must be a whole number >= 0")
+    layout = Layout.read(meta, rule)
     stored = range(meta["head_start"], meta["head_stop"])
     heads = stored if heads is None else heads
-    if len(heads) == 0 or heads.step != 1 or heads.start < stored.start or heads.stop > stored.stop:
-        raise _damaged(name, "head_start", stored, f"does not hold heads {heads}")
-    zone_width, n_zones = _zone_sizes(meta, name)
-    code_width = meta.get("code_width", 0)
-    if type(code_width) is not int or code_width not in (0, -(-head_dim // 4)):
-        raise _damaged(name, "code_width", code_width, f"must be 0, or of head_dim {head_dim}: {-(-head_dim // 4)}")
-    wanted = layer_schema(head_dim * dtype.itemsize, degree * width if graph else 0, code_width, zone_width)
-    if not schema.equals(wanted):
-        raise _damaged(name, "columns", schema.names, f"must be {', '.join(map(str, wanted))}")
-    if file.metadata.num_row_groups != len(stored):
-        raise _damaged(name, "row groups", file.metadata.num_row_groups, f"must be one for each of {len(stored)} heads")
+    inside = len(heads) > 0 and heads.step == 1 and heads.start >= stored.start and heads.stop <= stored.stop
+    rule(inside, "head_start", stored, f"does not hold heads {heads}")
+    n_zones = _n_zones(meta, layout, name)
+    wanted = layout.schema()
+    rule(schema.equals(wanted), "columns", schema.names, f"must be {', '.join(map(str, wanted))}")
+    groups = file.metadata.num_row_groups
+    rule(groups == len(stored), "row groups", groups, f"must be one for each of {len(stored)} heads")
     rows = file.metadata.row_group(0).num_rows
-    start, index_rows = meta["index_start"], meta["index_rows"]
-    if start + index_rows > rows or (index_rows and not graph and not code_width):
-        raise _damaged(name, "index_rows", index_rows, f"must fit {rows} rows from {start} on")
-    check_layer_bytes(file.metadata, schema, size, name)  # before memory is taken for it
+    fits = layout.index_start + layout.index_rows <= rows
+    rule(fits, "index_rows", layout.index_rows, f"must fit {rows} rows from {layout.index_start} on")
+    check_layer_bytes(file.metadata, layout.value_bytes, size, name)  # before memory is taken for it
 
-    # numpy's memory is backed by huge pages, torch's is not: filling it is four times as fast.
-    keys, values = (np.empty((len(heads), rows, head_dim * dtype.itemsize), np.uint8) for _ in range(2))
-    neighbors = np.empty((len(heads), index_rows, degree), np.int32) if graph else None
-    codes = np.empty((len(heads), index_rows, code_width), np.uint8)
-    zones = np.empty((len(heads), index_rows), np.int32) if zone_width else None
-    positions: NDArray[np.int32] | None = None
+    arrays, positions = _arrays(layout, len(heads), rows), None
     for i, head in enumerate(heads):
         group = file.read_row_group(head - stored.start)
-        if group.num_rows != rows:
-            raise _damaged(name, f"row group {head - stored.start}", group.num_rows, f"must have {rows} rows")
-        keys[i] = bytes_of(group, "key", rows)
-        values[i] = bytes_of(group, "value", rows)
+        rule(group.num_rows == rows, f"row group {head - stored.start}", group.num_rows, f"must have {rows} rows")
         head_positions = group.column("position").to_numpy()
         if positions is None:
             positions = head_positions.astype(np.int32)
-        elif not np.array_equal(positions, head_positions):
-            raise _damaged(name, f"row group {head - stored.start}", head, "has other positions than the first head")
-        if neighbors is not None and degree:
-            neighbors[i] = ids_of(group, "neighbors", rows, width)[start : start + index_rows]
-        if code_width:
-            codes[i] = bytes_of(group, "code", rows)[start : start + index_rows]
-        if zones is not None:
-            of_rows = ids_of(group, "zone", rows, zone_width)[:, 0]
-            zones[i] = of_rows[start : start + index_rows]
-            outside = np.delete(of_rows, slice(start, start + index_rows))
-            if (outside != -1).any() or not -1 <= zones[i].max(initial=-1) < max(n_zones, 1):
-                raise _damaged(name, "zone", head, f"must be below n_zones = {n_zones}, and none outside the index")
+        same = np.array_equal(positions, head_positions)
+        rule(same, f"row group {head - stored.start}", head, "has other positions than the first head")
+        _fill(arrays, i, group, layout, rows)
+        if layout.zone_width:
+            of_rows = ids_of(group, "zone", rows, layout.zone_width)[:, 0]
+            arrays["zone"][i] = of_rows[layout.indexed]
+            outside = np.delete(of_rows, layout.indexed)
+            sound = not (outside != -1).any() and -1 <= arrays["zone"][i].max(initial=-1) < max(n_zones, 1)
+            rule(sound, "zone", head, f"must be below n_zones = {n_zones}, and none outside the index")
     assert positions is not None  # there is at least one head
+    ours = slice(heads.start - stored.start, heads.stop - stored.start)
     entries = None
     if meta.get("entries") is not None:
-        entries = np.asarray(meta["entries"], np.int32).reshape(len(stored), -1)
-        entries = entries[heads.start - stored.start : heads.stop - stored.start]
+        entries = np.asarray(meta["entries"], np.int32).reshape(len(stored), -1)[ours]
     scan = None
-    if code_width:
-        ours = slice(heads.start - stored.start, heads.stop - stored.start)
-        scan = from_metadata(meta, codes, ours, n_heads=len(stored), head_dim=head_dim)
+    if layout.scan_width:
+        scan = scan_from_metadata(meta, arrays["code"], ours, n_heads=len(stored), head_dim=layout.head_dim)
+    coded: dict[str, Coded | None] = {"key": None, "value": None}
+    for of, codec in zip(STATES, layout.codecs, strict=True):
+        if codec != "none":
+            codes = arrays[f"{of}_code"], arrays[f"{of}_group"]
+            coded[of] = from_metadata(meta, of, *codes, ours, n_heads=len(stored), head_dim=layout.head_dim)
+    dtype = TORCH_DTYPES[meta["dtype"]]
     block = LayerBlock(
         layer=meta["layer"],
         head_start=heads.start,
         positions=positions,
-        keys=torch.from_numpy(keys).view(dtype),
-        values=torch.from_numpy(values).view(dtype),
-        neighbors=neighbors,
+        keys=_tensor(arrays["key"], dtype),
+        values=_tensor(arrays["value"], dtype),
+        neighbors=arrays["neighbors"] if layout.graph else None,
         entries=entries,
         scan=scan,
-        zones=zones,
+        zones=arrays["zone"] if layout.zone_width else None,
         profile=_profile_of(meta, stored, heads, name),
-        index_start=start,
+        index_start=layout.index_start,
+        key_codes=coded["key"],
+        value_codes=coded["value"],
     )
     check_layer(block, IntegrityError, name)
     return block
 
 
-def _zone_sizes(meta: dict[str, Any], name: str) -> tuple[int, int]:
-    """`zone_width` and `n_zones`; 0 where the part has no zones, or is of a time before them."""
-    width, n_zones = meta.get("zone_width", 0), meta.get("n_zones", 0)
-    if type(width) is not int or width not in (0, 2, 4):
-        raise _damaged(name, "zone_width", width, "must be 0, 2 or 4")
-    if type(n_zones) is not int or not 0 <= n_zones <= (meta["index_rows"] if width else 0):
-        raise _damaged(name, "n_zones", n_zones, f"must be in [0, {meta['index_rows'] if width else 0}]")
-    return width, n_zones
+def _tensor(array: NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+    """Bytes [n_heads, rows, width] as numbers."""
+    if not array.size:  # torch has no view of nothing
+        return torch.empty((*array.shape[:2], array.shape[2] // dtype.itemsize), dtype=dtype)
+    return torch.from_numpy(array).view(dtype)
+
+
+def _arrays(layout: Layout, n_heads: int, rows: int) -> dict[str, NDArray[Any]]:
+    """Memory for what columns hold: numpy's, backed by huge pages as torch's is not, is filled four times as fast."""
+    indexed = (n_heads, layout.index_rows)
+    arrays: dict[str, NDArray[Any]] = {
+        "neighbors": np.empty((*indexed, layout.degree), np.int32),
+        "code": np.empty((*indexed, layout.scan_width), np.uint8),
+        "zone": np.empty(indexed, np.int32),
+    }
+    for of, codec in zip(STATES, layout.codecs, strict=True):
+        for name in (of, f"{of}_code", f"{of}_group"):
+            width, null = layout.columns().get(name, (0, True))
+            n = int(layout.held(name, rows).sum()) if null else rows
+            if codec != "none" or name == of:
+                arrays[name] = np.empty((n_heads, n, width), np.uint8)
+    return arrays
+
+
+def _fill(arrays: dict[str, NDArray[Any]], i: int, group: pa.Table, layout: Layout, rows: int) -> None:
+    """What a row group holds, but zones, into place `i`."""
+    for name, (_, null) in layout.columns().items():
+        if null:
+            found = some_bytes_of(group, name, layout.held(name, rows))
+            if name == "neighbors":
+                unpack(found, layout.index_rows, arrays[name][i])
+            else:
+                arrays[name][i] = found
+        elif name == "neighbors":
+            arrays[name][i] = ids_of(group, name, rows, layout.neighbor_width)[layout.indexed]
+        elif name == "code":
+            arrays[name][i] = bytes_of(group, name, rows)[layout.indexed]
+        elif name != "zone":
+            arrays[name][i] = bytes_of(group, name, rows)
+
+
+def _n_zones(meta: dict[str, Any], layout: Layout, name: str) -> int:
+    """How many zones; 0 where the part has none, or is of a time before them."""
+    n_zones, most = meta.get("n_zones", 0), layout.index_rows if layout.zone_width else 0
+    if type(n_zones) is not int or not 0 <= n_zones <= most:
+        raise _damaged(name, "n_zones", n_zones, f"must be in [0, {most}]")
+    return n_zones
 
 
 def _profile_of(meta: dict[str, Any], stored: range, heads: range, name: str) -> NDArray[np.float32] | None:

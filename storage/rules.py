@@ -8,8 +8,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rabatch.config import DTYPES, INDEX_KINDS
+from rabatch.config import CODECS, DTYPES, INDEX_KINDS
 from rabatch.errors import IntegrityError
+from rabatch.storage.codecs import GROUP, Of, code_width, group_width
 from rabatch.storage.failures import REBUILD
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ _PART_TYPES: dict[str, type] = {
     **dict.fromkeys(("bytes", "rows", "layer", "head_start", "head_stop"), int),
     **dict.fromkeys(("kind", "path", "sha256"), str),
 }
+OPTIONAL_PART_TYPES: dict[str, type] = {"key_codec": str, "value_codec": str}
+"""Absent of a part that has none."""
 
 
 def _refuse(name: str, where: str, value: object, fix: str) -> NoReturn:
@@ -64,7 +67,8 @@ def check_types(name: str, values: dict[str, Any]) -> None:
     for i, part in enumerate(values["parts"]):
         if not isinstance(part, dict):
             _refuse(name, f"parts[{i}]", part, "must be an object")
-        _check_fields(name, part, _PART_TYPES, f"parts[{i}].")
+        optional = {key: kind for key, kind in OPTIONAL_PART_TYPES.items() if key in part}
+        _check_fields(name, part, _PART_TYPES | optional, f"parts[{i}].")
 
 
 def check_rules(name: str, manifest: Manifest, fingerprint: str) -> None:
@@ -148,6 +152,9 @@ def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
     rule(part.kind in ("layer", "tokens"), f"{where}.kind", part.kind, "must be layer or tokens")
     rule(bool(_PART_PATH.fullmatch(part.path)), f"{where}.path", part.path, "must lie below parts/ of this store")
     rule(bool(_SHA256.fullmatch(part.sha256)), f"{where}.sha256", part.sha256, "must be 64 hexadecimal digits")
+    codecs: tuple[tuple[Of, str], ...] = (("key", part.key_codec), ("value", part.value_codec))
+    for of, codec in codecs:
+        rule(codec in CODECS, f"{where}.{of}_codec", codec, f"must be one of {', '.join(CODECS)}")
     if part.kind == "tokens":
         place = (part.layer, part.head_start, part.head_stop)
         rule(place == (-1, 0, 0), f"{where}.layer", place, "a tokens part has layer -1 and no heads")
@@ -159,9 +166,20 @@ def _check_part(manifest: Manifest, where: str, part: Part, rule: Rule) -> None:
         streaming = geometry.streaming_among(part.layer, range(*heads))
         rule(streaming in (0, heads[1] - heads[0]), f"{where}.head_start", heads, "all or none of them must stream")
         rows = manifest.stored_rows(part.layer, streaming=streaming > 0)
-        low = (heads[1] - heads[0]) * rows * 2 * geometry.head_dim * ITEM_BYTES[geometry.kv_dtype]
+        low = (heads[1] - heads[0]) * sum(_least_bytes(manifest, rows, of, codec) for of, codec in codecs)
     rule(part.rows == rows, f"{where}.rows", part.rows, f"must be {rows}")
     rule(low < part.bytes <= _MAX_PART_BYTES, f"{where}.bytes", part.bytes, f"must be in ({low}, {_MAX_PART_BYTES}]")
+
+
+def _least_bytes(manifest: Manifest, rows: int, of: Of, codec: str) -> int:
+    """Of the keys or values of one head in so many rows."""
+    geometry = manifest.geometry
+    row_bytes = geometry.head_dim * ITEM_BYTES[geometry.kv_dtype]
+    if codec == "none":
+        return rows * row_bytes
+    indexed = manifest.index_stop - manifest.index_start
+    groups = -(-indexed // GROUP) * group_width(codec, of, geometry.head_dim)
+    return max(rows - indexed, 0) * row_bytes + indexed * code_width(codec, of, geometry.head_dim) + groups
 
 
 def _check_coverage(manifest: Manifest, rule: Rule) -> None:

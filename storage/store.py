@@ -91,6 +91,8 @@ class IndexStore:
             layer=block.layer,
             head_start=block.head_start,
             head_stop=block.head_stop,
+            key_codec=block.codecs[0],
+            value_codec=block.codecs[1],
             **self._put(path, data),
         )
 

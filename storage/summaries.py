@@ -58,7 +58,7 @@ def summarise(manifest: Manifest, tag: str) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "model": str(manifest.stats.get("model", "")).encode("utf-8", "backslashreplace").decode(),
         "model_sha256": model_digest(manifest),
-        "dtype": shape.kv_dtype,
+        "dtype": shape.kv_dtype if manifest.codecs == "none" else f"{shape.kv_dtype} {manifest.codecs}",
         "index": shape.index,
         "degree": shape.degree,
         "heads": shape.n_layers * shape.n_kv_heads,

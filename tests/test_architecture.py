@@ -26,6 +26,7 @@ MAX_LINES = 400
 IMPORTS_JOBS = {
     "rabatch": "exports rabatch.build and rabatch.answer, imported when first used",
     "rabatch.cli": "every command imports what it runs",
+    "rabatch.cli_jobs": "as rabatch.cli",
     "rabatch.demo.run": "runs both jobs as a user would",
 }
 HEAVY = ("torch", "ray", "transformers")

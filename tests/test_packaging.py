@@ -81,6 +81,14 @@ def source_modules() -> list[str]:
     ]
 
 
+def test_the_wheel_that_is_submitted_holds_the_same(wheel: Path):
+    from rabatch.jobs.wheel import code_files
+
+    with zipfile.ZipFile(wheel) as archive:
+        built = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    assert code_files() == built
+
+
 def test_the_wheel_holds_every_module_and_the_demo_model(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     model = [f"rabatch/demo/model/{path.name}" for path in (ROOT / "rabatch/demo/model").iterdir() if path.is_file()]
@@ -150,7 +158,7 @@ def test_every_dependency_is_pinned_and_explained():
 
 # Imported by rabatch, but named by a dependency of ours that cannot do without it.
 COMES_WITH = {"huggingface_hub": "transformers"}
-IMPORTED_AS = {"faiss-cpu": "faiss"}
+IMPORTED_AS = {"faiss-cpu": "faiss", "pyyaml": "yaml"}
 
 
 def undeclared_imports(sources: dict[str, str], declared: set[str]) -> list[str]:

@@ -5,6 +5,8 @@ A command that the README gains must be entered below, with how it is tested; ot
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,8 +15,11 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from rabatch.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +65,17 @@ def unknown_commands(markdown: str) -> list[str]:
     return [command for command in commands_of(markdown) if command not in (*SESSION, *ELSEWHERE)]
 
 
+def rabatch(*arguments: str) -> tuple[int, str]:
+    """A command in this process, whose Ray is there already: exit code and standard output."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), mock.patch.dict(os.environ, COLUMNS="120"):
+        try:
+            code = main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, printed.getvalue()
+
+
 def run(*arguments: str, cwd: Path, timeout_s: int = 500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
@@ -70,9 +86,9 @@ def run(*arguments: str, cwd: Path, timeout_s: int = 500) -> subprocess.Complete
 
 @cache
 def help_of(*command: str) -> str:
-    done = run("-m", "rabatch.cli", *command, "--help", cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, printed = rabatch(*command, "--help")
+    assert code == 0
+    return printed
 
 
 @cache
@@ -109,17 +125,18 @@ def test_make_targets_of_the_readme_exist():
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
-pytestmark = pytest.mark.timeout(600)  # five commands, each with the start of Python, two with the start of Ray
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's shell session has been run."""
     folder = tmp_path_factory.mktemp("session")
-    for command in SESSION:
-        done = run("-m", "rabatch.cli", *smaller(command), cwd=folder)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        assert done.stdout.strip(), f"{command} printed nothing"
+    with contextlib.chdir(folder):
+        for command in SESSION:
+            code, printed = rabatch(*smaller(command))
+            assert code == 0, f"{command}\n{printed}"
+            assert printed.strip(), f"{command} printed nothing"
     return folder
 
 

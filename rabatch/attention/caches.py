@@ -70,12 +70,14 @@ class ContextCache(Cache):
         self._stored_dtype = stored_dtype
         super().__init__(layers=list(self._contexts))
 
-    def states(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer on the host, in the stored dtype, each [n_kv_heads, stop - start, head_dim]."""
+    def states(
+        self, layer: int, start: int = 0, stop: int | None = None, *, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's heads on the host, in the stored dtype, each [heads, stop - start, head_dim]."""
         held = self._contexts[layer]
         self._outbox.wait()
         keys, values = held.host or (held.keys[0], held.values[0])
-        return keys[:, start:stop].to(self._stored_dtype), values[:, start:stop].to(self._stored_dtype)
+        return keys[heads, start:stop].to(self._stored_dtype), values[heads, start:stop].to(self._stored_dtype)
 
     def leave_device(self) -> None:
         """Wait for what was sent, then give the device's memory back, where the host has a copy."""

@@ -15,7 +15,7 @@ from rabatch.attention.overlay import Overlays
 from rabatch.attention.recall import RecallSampler
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.sets import Found, attend_sets
-from rabatch.attention.shared import attend_all
+from rabatch.attention.shared import attend_several
 from rabatch.attention.step import attend_compiled
 from rabatch.attention.tails import Tails
 from rabatch.config import Recipe
@@ -187,7 +187,7 @@ class QuestionAttention:
                 shape = (n_kv, len(real), some.ids.shape[2])
                 found = Found(torch.full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64))
                 found.scores[:, real], found.ids[:, real] = some
-            n_keys = layer.values.shape[1]
+            n_keys = layer.shape[1]
             found = self.overlays.join(
                 call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys, group=number
             )
@@ -197,7 +197,7 @@ class QuestionAttention:
             queries,
             layer.static,
             find,
-            layer.values,
+            layer.values if layer.value_codes is None else layer.value_codes,
             tail,
             self.overlays.begins[self._slots],
             self.tails.places,
@@ -257,14 +257,16 @@ class QuestionAttention:
         """Some KV heads of a layer, `weight` of all of them."""
         scaling, softcap = call.scaling, call.softcap
         best = None
-        if self.compiled and layer.keys.shape[1]:
-            partial, *best = attend_all(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
+        n_keys, keys = layer.shape[1], layer.keys
+        if self.compiled and n_keys:
+            partial, *best = attend_several(rows, layer.shared, top_k=_OBSERVED, scaling=scaling, softcap=softcap)
         else:
-            partial = dense_partial(rows, layer.keys, layer.values, scaling=scaling, softcap=softcap)
+            keys, values = layer.whole()
+            partial = dense_partial(rows, keys, values, scaling=scaling, softcap=softcap)
         counts = self.tails.counts.cpu().numpy()
-        self._count(counts * layer.keys.shape[1], counts.astype(np.float64), weight)
+        self._count(counts * n_keys, counts.astype(np.float64), weight)
         merged = merge([tail, partial])
-        self._observe(call, rows, layer, best, merged.lse)
+        self._observe(call, rows, layer, keys, best, merged.lse)
         return merged.out
 
     def _count(self, keys: np.ndarray, share: np.ndarray, weight: float) -> None:
@@ -277,11 +279,18 @@ class QuestionAttention:
         self._share[self._slots] += weight * share
 
     def _observe(
-        self, call: AttentionCall, rows: Tensor, layer: ContextLayer, best: list[Tensor] | None, lse: Tensor
+        self,
+        call: AttentionCall,
+        rows: Tensor,
+        layer: ContextLayer,
+        keys: Tensor,
+        best: list[Tensor] | None,
+        lse: Tensor,
     ) -> None:
         """Adds where the exact attention of each question's last token went: it is the one that answers.
 
         Args:
+            keys: All of the layer, if there are no best ones.
             best: Ids and raw products of each row's best keys; None: all keys are looked at.
             lse: [n_kv, n_rows], of context and tail.
         """
@@ -294,7 +303,7 @@ class QuestionAttention:
             return apart[:, of_batch, :, counts - 1].movedim(0, 1)  # [n_kv, batch, group, ...]
 
         if best is None:
-            raw = torch.einsum("hbgd,hnd->hbgn", last(rows).float(), layer.keys.float())
+            raw = torch.einsum("hbgd,hnd->hbgn", last(rows).float(), keys.float())
         else:
             picked, raw = (last(t) for t in best)
         weights = torch.exp(logits(raw, call.scaling, call.softcap) - last(lse).unsqueeze(-1))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rabatch.attention.coded import CodedRows
 from rabatch.attention.merge import logits
 from rabatch.index.compiled import read_only
 from rabatch.index.topk.lanes import LANES
@@ -117,7 +118,7 @@ def attend_sets(
     queries: Tensor,
     static: StaticSet,
     find: Callable[[], Found],
-    values: Tensor,
+    values: Tensor | CodedRows,
     tail: tuple[Tensor, Tensor],
     begins: Tensor,
     places: Tensor,
@@ -133,7 +134,7 @@ def attend_sets(
     Args:
         queries: [n_kv, batch, group, q_tokens, head_dim].
         find: Called once the device is at work on the static set: the keys found for the rows of `queries`.
-        values: [n_kv, n_keys, head_dim], float32, bfloat16 or float16.
+        values: [n_kv, n_keys, head_dim], float32, bfloat16 or float16; or those of the index alone, encoded.
         tail: Keys and values [batch, n_kv, tail_tokens, head_dim].
         begins: int64 [batch]: where the part of a tail begins that every token attends; before it, found keys only.
         places: int64 [batch, q_tokens]: where each token stands in its tail; it sees what comes before, and itself.
@@ -153,7 +154,7 @@ def attend_sets(
     seen = (others <= places[:, :, None]) & (others >= begins[:, None, None])
     own = own.masked_fill(~seen[:, None], -torch.inf).flatten(1, 3)
     scores, ids = find()
-    n_keys, there = values.shape[1], ids >= 0
+    n_keys, there = n_rows_of(values, static), ids >= 0
     in_context = there & (ids < n_keys)
     found = logits(scores, scaling, softcap).masked_fill(~there, -torch.inf)
     of_zone = _zone_logits(static, fixed, torch.where(in_context, ids, -1))
@@ -168,7 +169,7 @@ def attend_sets(
         in_context = in_context & ~left_out
     total = fixed.sum(-1) + own.sum(-1) + (found - of_zone).sum(-1)
     fixed, own, weights = (part / total[..., None] for part in (fixed, own, found - of_zone))
-    out = fixed @ static.values + _weighed(weights, ids, values, tail[1])
+    out = fixed @ static.values + _weighed(weights, ids, values, n_keys, tail[1])
     out += torch.einsum("hbgtn,bhnd->hbgtd", own.view(*queries.shape[:4], -1), tail[1].float()).reshape(out.shape)
     real = torch.arange(q_tokens, device=device) < counts[:, None]  # [batch, q_tokens]
     out = out.reshape(*queries.shape[:4], -1) * real[None, :, None, :, None]
@@ -205,10 +206,15 @@ def _zone_logits(static: StaticSet, fixed: Tensor, ids: Tensor) -> Tensor:
     return means.gather(2, zone).masked_fill(~there, -torch.inf)
 
 
-def _weighed(weights: Tensor, ids: Tensor, values: Tensor, tail_values: Tensor) -> Tensor:
+def n_rows_of(values: Tensor | CodedRows, static: StaticSet) -> int:
+    """Rows of a layer; where only those of the index are encoded, the static set's are the rest."""
+    return values.shape[1] + (len(static.positions) if isinstance(values, CodedRows) else 0)
+
+
+def _weighed(weights: Tensor, ids: Tensor, values: Tensor | CodedRows, n_keys: int, tail_values: Tensor) -> Tensor:
     """Sum of the found keys' values by weight, [n_kv, n_rows, head_dim]."""
     n_kv, n_rows, k = ids.shape
-    n_keys, dim = values.shape[1:]
+    dim = values.shape[2]
     out = weights.new_zeros((n_kv, n_rows, dim))
     if not k:
         return out
@@ -220,7 +226,10 @@ def _weighed(weights: Tensor, ids: Tensor, values: Tensor, tail_values: Tensor) 
             picked = ids[head, rows]
             context = (picked >= 0) & (picked < n_keys)
             if n_keys:
-                theirs = values[head][torch.where(context, picked, 0)].float()
+                if isinstance(values, CodedRows):
+                    theirs = values.numbers(head, torch.where(context, picked, values.first_row))
+                else:
+                    theirs = values[head][torch.where(context, picked, 0)].float()
                 out[head, rows] += torch.einsum("rk,rkd->rd", weights[head, rows] * context, theirs)
             if bool((picked >= n_keys).any()):
                 own = tail_values[(rows // per_question)[:, None], head, (picked - n_keys).clamp_min(0)].float()

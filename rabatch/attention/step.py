@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rabatch.attention.sets import Attended, Found, StaticSet, stored_bits
+from rabatch.attention.coded import CodedRows
+from rabatch.attention.sets import Attended, Found, StaticSet, n_rows_of, stored_bits
 from rabatch.index.compiled import compiled, read_only, run_tasks
-from rabatch.index.machine import add_scaled, prefetch
+from rabatch.index.machine import add_scaled
+from rabatch.index.token_codes import prefetch_row
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften
 
 _AHEAD = 6  # values whose memory is asked for before they are added
@@ -26,7 +28,7 @@ def attend_compiled(
     queries: Tensor,
     static: StaticSet,
     find: Callable[[], Found],
-    values: Tensor,
+    values: Tensor | CodedRows,
     tail: tuple[Tensor, Tensor],
     begins: Tensor,
     places: Tensor,
@@ -46,28 +48,35 @@ def attend_compiled(
     n_kv, batch, group, q_tokens, _ = queries.shape
     scores, ids = find()
     k, dim, n_static = ids.shape[2], values.shape[2], len(static.positions)
-    codes = read_only(stored_bits(values))
+    n_keys = n_rows_of(values, static)
+    if isinstance(values, CodedRows):
+        codes, first_value, half = values.kernel, values.first_row, False
+        affine = [read_only(t.numpy()) for t in values.affine]
+    else:
+        codes, first_value, half = read_only(stored_bits(values)), 0, values.dtype == torch.float16
+        affine = [read_only(np.full((n_kv, dim), number, np.float32)) for number in (1, 0)]
     inputs = [
         read_only(t.numpy())
         for t in (queries.float() * scaling, scores * scaling, ids, *(t.float() for t in tail), begins, places, counts)
     ]
     keys, static_values, bias, positions, of_key, zone_keys = static.panels
     first_row = static.zones.first_row if static.zones is not None else 0
-    settings = values.dtype == torch.float16, np.float32(softcap or 0), np.float32(goal), first_row, n_static
+    settings = half, np.float32(softcap or 0), np.float32(goal), first_row, n_static, n_keys, first_value
     out = np.zeros((batch, q_tokens, n_kv * group, dim), np.float32)
     seen = np.zeros((batch, n_kv, n_static + group * k), np.float32)
     stats = np.zeros((batch, n_kv, 2))
 
     def attend(head: int, first: int, last: int) -> None:
         fixed = keys[head], static_values[head], bias[head], of_key[head], zone_keys[head]
-        _attend_questions(first, last, head, *inputs, *fixed, codes, *settings, out, seen[:, head], stats[:, head])
+        results = out, seen[:, head], stats[:, head]
+        _attend_questions(first, last, head, *inputs, *fixed, codes, *affine, *settings, *results)
 
     threads = threads or torch.get_num_threads()
     together = -(-batch * n_kv // (2 * threads))  # more share more loads, fewer keep all threads at work
     together = max(together, min(-(-TILE_ROWS // (group * q_tokens)), batch))
     tasks = [(head, first, min(first + together, batch)) for first in range(0, batch, together) for head in range(n_kv)]
     run_tasks(attend, tasks, threads=threads)
-    _add_mass(mass, seen, positions, inputs[2], inputs[-1], group, q_tokens, values.shape[1])
+    _add_mass(mass, seen, positions, inputs[2], inputs[-1], group, q_tokens, n_keys)
     per_head = stats.sum(1) / (n_kv * group)
     return Attended(torch.from_numpy(out), per_head[:, 0], per_head[:, 1])
 
@@ -75,11 +84,13 @@ def attend_compiled(
 @compiled
 def _attend_questions(  # type: ignore[no-untyped-def]
     first, last, head, queries, scores, ids, tail_keys, tail_values, begins, places, counts,
-    panels, static_values, bias, of_key, zone_keys, codes, half, softcap, goal, first_row, n_static, out, seen, stats,
+    panels, static_values, bias, of_key, zone_keys, codes, scale, center, half, softcap, goal, first_row, n_static,
+    n_keys, first_value, out, seen, stats,
 ):  # fmt: skip
     """Questions `first` to `last` - 1 under one KV head, `_BLOCK_ROWS` rows at a time."""
-    group, dim = queries.shape[2], queries.shape[4]
-    k, wide = ids.shape[2], (codes.shape[2] + LANES - 1) // LANES * LANES
+    group, dim, value_dim = queries.shape[2], queries.shape[4], scale.shape[1]
+    k, wide = ids.shape[2], (value_dim + LANES - 1) // LANES * LANES
+    found_sum = np.empty(value_dim, np.float32)
     n_fixed = n_static + zone_keys.shape[0]
     at_found = (n_fixed + LANES - 1) // LANES * LANES
     at_tail = at_found + (k + LANES - 1) // LANES * LANES
@@ -113,7 +124,7 @@ def _attend_questions(  # type: ignore[no-untyped-def]
                 question = rows[r, 0]
                 weigh = _weigh(
                     lines, r * width, line, ours, r * dim, rows[r], group, head, scores, ids, tail_keys, begins, places,
-                    counts, bias, of_key, zone_keys, zones[r], softcap, goal, first_row, n_static, codes.shape[1],
+                    counts, bias, of_key, zone_keys, zones[r], softcap, goal, first_row, n_static, n_keys,
                     (at_found, at_tail, width), seen[question],
                 )  # fmt: skip
                 kept[r] = weigh[0]
@@ -131,16 +142,21 @@ def _attend_questions(  # type: ignore[no-untyped-def]
             for r in range(n):
                 question, token, g = rows[r]
                 result = out[question, token, head * group + g]
-                for t in range(codes.shape[2]):
+                for t in range(value_dim):
                     result[t] = sums[r * wide + t]
                 weights = lines[r * width : (r + 1) * width]
                 item = (question * group + g) * queries.shape[3] + token
-                _add_found(result, weights, at_found, ids[head, item], kept[r], zones[r], zone_keys, n_static, codes,
-                           head, half, tail_values[question])  # fmt: skip
+                found_sum[:] = 0
+                all_found = _add_found(
+                    result, found_sum, weights, at_found, ids[head, item], kept[r], zones[r], zone_keys, n_static,
+                    codes, n_keys, first_value, head, half, tail_values[question],
+                )  # fmt: skip
+                for t in range(value_dim):
+                    result[t] += scale[head, t] * found_sum[t] + center[head, t] * all_found
                 begin = begins[question]
                 for j in range(places[question, token] + 1 - begin):
                     value, weight = tail_values[question, head, begin + j], weights[at_tail + j]
-                    for t in range(codes.shape[2]):
+                    for t in range(value_dim):
                         result[t] += weight * value[t]
             n = 0
 
@@ -219,25 +235,30 @@ def _weigh(  # type: ignore[no-untyped-def]
 
 @compiled
 def _add_found(  # type: ignore[no-untyped-def]
-    result, weights, at_found, ids, kept, zones, zone_keys, n_static, codes, head, half, tail_values
-):
-    """Add the values of the keys that were found: of the context, or past it of the tail."""
-    n_keys, value_dim = codes.shape[1], codes.shape[2]
-    per_line = max(64 // codes.itemsize, 1)
+    result, found_sum, weights, at_found, ids, kept, zones, zone_keys, n_static, codes, n_keys, first_value, head, half,
+    tail_values,
+):  # fmt: skip
+    """Add the values of the keys that were found: of the context to `found_sum`, past it those of the tail to `result`.
+
+    Returns:
+        The weights of the context's together.
+    """
+    together = np.float32(0)
     for j in range(kept):
         coming = ids[j + _AHEAD] if j + _AHEAD < kept else -1
         if 0 <= coming < n_keys:
-            for at in range(0, value_dim, per_line):
-                prefetch(codes, (head * n_keys + coming) * value_dim + at)  # type: ignore[call-arg]
+            prefetch_row(codes, head, coming - first_value)
         weight = weights[at_found + j]
         if ids[j] >= n_keys:
             value = tail_values[head, ids[j] - n_keys]
-            for t in range(value_dim):
+            for t in range(len(found_sum)):
                 result[t] += weight * value[t]
             continue
         if zones[j] >= 0:
             weight -= weights[n_static + zones[j]] / zone_keys[zones[j]]
-        add_scaled(result, codes, head, ids[j], weight, half)
+        add_scaled(found_sum, codes, head, ids[j] - first_value, weight, half)
+        together += weight
+    return together
 
 
 @compiled

@@ -1,12 +1,19 @@
-"""A small answers store, without a model."""
+"""A small answers store, without a model; the files of a folder."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pyarrow as pa
 
 from rabatch.records import STORED_ANSWERS
 from rabatch.storage.answers import AnswerStore, Run
 from rabatch.storage.manifest import utc_now
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    """Contents of all files below a folder, by path."""
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 def answer_rows(texts: dict[tuple[str, str], str]) -> pa.Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from answer_samples import files
 
 from rabatch.config import GenerationSettings, Resources
 from rabatch.errors import SourceError, StoreError
@@ -21,32 +22,9 @@ SHORT = GenerationSettings(max_new_tokens=24)
 PER_QUESTION = ("answer", "finish_reason", "answer_tokens", "question_tokens", "context_tokens")
 
 
-def files(folder):
-    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
 def contents(result):
     rows = (row for row in result.rows if row["status"] == "ok")
     return {(row["question_id"], row["document_id"]): tuple(row[name] for name in PER_QUESTION) for row in rows}
-
-
-@pytest.fixture(scope="module")
-def answered(demo_store, tmp_path_factory):
-    """All questions of the corpus, and some that cannot be answered; the result and its output folder."""
-    output = tmp_path_factory.mktemp("answers")
-    asked = [
-        *demo_store.questions,
-        {"question_id": "everyone", "question": "Who keeps the north tower?"},
-        {"question_id": "lost", "question": "Who?", "document_id": "nowhere"},
-        {"question_id": "silent", "question": "  ", "document_id": "doc-00000"},
-        {"question_id": "long", "question": "number " * 50_000, "document_id": "doc-00000"},
-        {"question_id": demo_store.questions[0]["question_id"], "question": "Twice?", "document_id": "doc-00000"},
-        {"question": "No id?", "document_id": "doc-00002"},
-    ]
-    before = files(demo_store.store)
-    result = answer(asked, store=demo_store.store, generation=SHORT, output=str(output), progress=False)
-    assert files(demo_store.store) == before
-    return result, output, asked
 
 
 def test_every_question_is_a_row_in_input_order(answered, demo_store):

@@ -98,17 +98,11 @@ def texts(rows):
 
 
 @pytest.fixture(scope="module")
-def want(demo_store):
-    """The answers of all documents, opened one by one with all of it in memory."""
-    result = answer(
-        demo_store.questions,
-        store=demo_store.store,
-        generation=SHORT,
-        resources=Resources(answer_actors=1),
-        progress=False,
-    )
-    assert result.failed == 0
-    return texts(result.rows)
+def want(answered, demo_store):
+    """The answers to the corpus, by actors that hold all of a document in memory."""
+    rows = answered[0].rows[: len(demo_store.questions)]
+    assert {row["status"] for row in rows} == {"ok"}
+    return texts(rows)
 
 
 @pytest.fixture
@@ -230,7 +224,7 @@ def test_a_job_with_little_memory_gives_the_same_answers(demo_store, want, memor
     assert texts(result.rows) == want
 
 
-@pytest.mark.parametrize(("calls", "seconds"), [(2, 60), (1, 1)])
+@pytest.mark.parametrize(("calls", "seconds"), [(2, 60), (1, 0.2)])
 def test_ray_makes_as_many_calls_at_once_as_it_is_told(local_ray, calls, seconds):
     import ray.data
 

@@ -111,17 +111,8 @@ def test_inspect_lists_the_same_with_and_without_a_catalog(cli: Cli, store: Inde
         assert (row["heads"], row["streaming_heads"]) == (1, 0)
     code, out, _ = cli("inspect", "--store", store.url)
     lines = out.splitlines()
-    assert lines[0].split() == [
-        "document",
-        "tokens",
-        "bytes",
-        "index",
-        "streaming",
-        "model",
-        "dtype",
-        "built",
-        "fingerprint",
-    ]
+    heading = ["document", "tokens", "bytes", "index", "streaming", "model", "dtype", "built", "fingerprint"]
+    assert lines[0].split() == heading
     assert [line.split()[0] for line in lines[1:]] == ["Größe", "a", "a", "a", "b\\u202e\\n", "5"]
     assert lines[-1] == "5 indexes, 1,000 bytes"
     assert " 20 days ago " in lines[1]

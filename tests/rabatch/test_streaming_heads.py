@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from rabatch.attention import overlay
 from rabatch.attention.context import QuestionAttention
+from rabatch.attention.sets import Found
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
 from rabatch.decode import answer_batch
@@ -132,6 +134,27 @@ def found_logits(setting: Setting, **recipe: Any) -> Tensor:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, r.values())))
 def test_full_budget_equals_a_mask_per_head(setting: Setting, expected: list[Tensor], recipe: dict[str, Any]) -> None:
     found = found_logits(setting, **recipe)
+    for row, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(row, wanted, atol=TOLERANCE * float(wanted.abs().max()), rtol=TOLERANCE)
+
+
+@one_model
+def test_tails_past_their_limit_are_found_for_either_kind_of_heads(
+    setting: Setting, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a full budget a private index of the older tail gives back all of it, to each head its own keys."""
+    monkeypatch.setattr(overlay, "BLOCK_TOKENS", 1)
+    searched = []
+    join = overlay.Overlays.join
+
+    def counting(self: overlay.Overlays, layer: int, *args: Any, group: int = 0, **options: Any) -> Found:
+        found = join(self, layer, *args, group=group, **options)
+        searched.extend([(layer, group)] if bool((found.ids >= options["n_keys"]).any()) else [])
+        return found
+
+    monkeypatch.setattr(overlay.Overlays, "join", counting)
+    found = found_logits(setting, method="flat", top_k=FULL, tail_tokens=3)
+    assert {(0, 0), (1, 0), (1, 1), (2, 0)} == set(searched)
     for row, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(row, wanted, atol=TOLERANCE * float(wanted.abs().max()), rtol=TOLERANCE)
 
