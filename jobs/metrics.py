@@ -54,7 +54,8 @@ class Metrics:
 
     def failed(self, phase: Phase, kind: str) -> None:
         """Count a failed row by its kind, of which there are few."""
-        _add(self._failures, 1, phase=phase.name, reason=kind)
+        in_ascii = kind.encode("ascii", "backslashreplace").decode()  # Ray's metrics take nothing else
+        _add(self._failures, 1, phase=phase.name, reason=in_ascii)
 
     def left(self, phase: str, rows: int) -> None:
         """How many rows of a phase are not finished."""

@@ -17,12 +17,14 @@ from rabatch.config import BuildConfig, IndexKind, Method
 from rabatch.index.scan import EXCEPTIONS
 from rabatch.models import ModelGeometry
 from rabatch.prefill import MAX_UNIT_BYTES
+from rabatch.storage.codecs import GROUP, code_width, group_width
 from rabatch.storage.columns import id_width
 from rabatch.storage.filesystem import PIECE_BYTES
+from rabatch.storage.layout import STATES
+from rabatch.storage.packed_ids import packed_width
 from rabatch.units import index_range
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_POSITION_BYTES = 4
 _TOKEN_BYTES = 6.6  # of the tokens part, compressed: measured on English text
 _COLUMN_BYTES = 180  # of Parquet's footer and page headers, per column and head: measured
 _PART_BYTES = 1500  # of its other metadata: measured
@@ -39,7 +41,7 @@ class StoredBytes:
     """Bytes of an index, by what they are for.
 
     Args:
-        kv: Keys, values and positions.
+        kv: Keys and values.
         graph: Links.
         codes: 4-bit codes, with what decodes them.
         zones: The zone of every key.
@@ -137,23 +139,31 @@ def _heads(
     dim = shape.head_dim
     start, stop = index_range(n_tokens, build)
     rows = min(window, n_tokens) if window else n_tokens - (stop - start) * streams
+    covered = 0 if streams or window else stop - start
     bare = streams or window > 0 or build.index == "none"
-    indexed = 0 if bare else stop - start
+    indexed = 0 if bare else covered
     graph = codes = zones = small = 0
     columns = 3
     if not bare and build.builds("graph"):
-        graph = rows * build.graph.degree * id_width(indexed)
-        small += _text_bytes(build.graph.entry_points * 7)
+        degree = build.graph.degree
+        graph = min(rows * degree * id_width(indexed), indexed * packed_width(indexed, degree))
+        small += build.graph.entry_points * 7
         columns += 1
     if not bare and build.builds("scan"):
         n_codes = -(-dim // 2)
         floats = 4 * (n_codes * 16 * 2 + dim * dim)
-        codes = rows * -(-dim // 4) + _text_bytes(floats * 4 // 3 + min(EXCEPTIONS, indexed) * 7)
+        codes = rows * -(-dim // 4) + floats * 4 // 3 + min(EXCEPTIONS, indexed) * 7
         columns += 1
     if not bare and build.zone_tokens:
         zones = rows * id_width(-(-indexed // build.zone_tokens))
         columns += 1
-    kv = rows * (2 * dim * item + _POSITION_BYTES)
+    kv = 2 * rows * dim * item
+    for of, codec in zip(STATES, (build.key_codec, build.value_codec), strict=True):
+        if codec != "none" and covered:
+            groups = group_width(codec, of, dim)
+            kv += covered * (code_width(codec, of, dim) - dim * item) + -(-covered // GROUP) * groups
+            small += 2 * dim * 2 * 4 // 3  # scale and center
+            columns += 1 + (groups > 0)
     parquet = columns * _COLUMN_BYTES + small
     per_head = StoredBytes(kv=kv, graph=graph, codes=codes, zones=zones, parquet=parquet)
     step = min(heads, max(1, MAX_UNIT_BYTES // max(1, _travelling_bytes(n_tokens, rows, indexed, shape, build, item))))
@@ -173,11 +183,6 @@ def _travelling_bytes(
     sampled = round(ranking * build.query_share) if indexed else 0
     vectors = group * min(build.sample_vectors // group, sampled) * shape.head_dim * 4
     return rows * shape.head_dim * 2 * item + group * sampled * build.query_top_k * 4 + vectors
-
-
-def _text_bytes(n: int) -> int:
-    """Of metadata: Arrow stores them twice, the second time as base64."""
-    return n + -(-4 * n // 3)
 
 
 def _requests(part_bytes: Sequence[int]) -> Requests:

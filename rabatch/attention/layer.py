@@ -140,8 +140,8 @@ class ContextLayer:
         for group in self.groups:
             if recipe.method != "dense":
                 _ = group.static.panels if on_cpu else group.static
-            if recipe.attends_all and on_cpu and group.shape[1]:
-                _ = group.shared
+            if recipe.attends_all and group.shape[1]:
+                _ = group.positions, group.shared if on_cpu else None
 
     def find(self, rows: NDArray[np.float32], method: str) -> Found:
         """The keys that an index finds, on the CPU, as rows of the layer.

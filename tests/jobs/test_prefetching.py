@@ -51,18 +51,19 @@ class Watched:
         self.questions = questions
         self.events = []
         self.before_pass = lambda document_id: None
-        read_layer, forward = IndexStore.read_layer, Executor.forward
+        read_heads, forward = IndexStore.read_heads, Executor.forward
 
         def reading(store, manifest, layer, **options):
-            self.events.append(("read", manifest.document_id))
-            return read_layer(store, manifest, layer, **options)
+            if not options["streaming"]:
+                self.events.append(("read", manifest.document_id))
+            return read_heads(store, manifest, layer, **options)
 
         def passing(executor, *arguments, **options):
             self.before_pass(executor.context.manifest.document_id)
             self.events.append(("pass", executor.context.manifest.document_id))
             return forward(executor, *arguments, **options)
 
-        monkeypatch.setattr(IndexStore, "read_layer", reading)
+        monkeypatch.setattr(IndexStore, "read_heads", reading)
         monkeypatch.setattr(Executor, "forward", passing)
 
     def ask(self, document_id):

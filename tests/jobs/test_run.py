@@ -32,7 +32,7 @@ def asked(tmp_path, monkeypatch):
     where = str(folder)
 
     class Counting(AnswerActor):
-        def _answer(self, turn, loaded, index, batches):
+        def _answer(self, turn, loaded, index, batches, recall):
             import secrets
             from pathlib import Path
 
@@ -40,7 +40,7 @@ def asked(tmp_path, monkeypatch):
                 for question in batch["questions"]:
                     name = f"{question['question_id']}|{index.document_id}|{secrets.token_hex(4)}"
                     (Path(where) / name).write_text("")
-            yield from super()._answer(turn, loaded, index, batches)
+            yield from super()._answer(turn, loaded, index, batches, recall)
 
     monkeypatch.setattr(answer_module, "AnswerActor", Counting)
 

@@ -30,6 +30,7 @@ from rabatch.loading import LoadedModel, load_model
 from rabatch.prefill import prefill_units, run
 from rabatch.prompts import EncodedContext
 from rabatch.storage.manifest import fingerprint_of
+from rabatch.storage.packed_ids import ascending
 from rabatch.storage.verify import verify
 from rabatch.units import Unit, index_range, unit_array, unit_tensor
 from tests.rabatch.engine import new_store, store_document
@@ -222,7 +223,7 @@ def test_graphs_are_made_of_lists_and_vectors_of_the_same_queries(loaded: Loaded
     ]
     assert block.neighbors is not None
     for neighbors, graph in zip(block.neighbors, build_layer(keys, samples, config=SOME.graph), strict=True):
-        np.testing.assert_array_equal(neighbors, graph.neighbors)
+        np.testing.assert_array_equal(neighbors, ascending(graph.neighbors))
 
 
 def test_threads_do_not_change_graphs(loaded: LoadedModel, text: str) -> None:

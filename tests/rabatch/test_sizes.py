@@ -16,8 +16,8 @@ N = 131072
 def test_llama_3_8b_by_hand():
     size = index_size(N, LLAMA_8B, (0,) * 32, BuildConfig(), kv_dtype="bfloat16")
     heads = 32 * 8
-    assert size.bytes.kv == heads * N * (2 * 128 * 2 + 4)
-    assert size.bytes.graph == heads * N * 32 * 4  # more keys than 16 bits count
+    assert size.bytes.kv == heads * N * 2 * 128 * 2
+    assert size.bytes.graph == heads * (N - 640) * 56  # (32 * (11 low bits + 1) + 63) / 8, rounded up
     assert size.bytes.zones == heads * N * 2  # but fewer zones
     assert size.bytes.codes == pytest.approx(heads * N * 32, rel=0.06)
     assert size.indexed == heads * (N - 640)
@@ -37,7 +37,7 @@ def test_what_is_not_built_takes_nothing():
 
 def test_a_sliding_layer_stores_its_window():
     size = index_size(N, LLAMA_8B, (4096, 0) * 16, BuildConfig(), kv_dtype="bfloat16")
-    assert size.bytes.kv == 16 * 8 * (N + 4096) * (2 * 128 * 2 + 4)
+    assert size.bytes.kv == 16 * 8 * (N + 4096) * 2 * 128 * 2
     assert size.indexed == 16 * 8 * (N - 640)
 
 
@@ -46,8 +46,8 @@ def test_a_streaming_head_stores_the_static_set():
     build = BuildConfig(head_pattern=pattern, head_threshold=0.5)
     size = index_size(N, LLAMA_8B, (0,) * 32, build, kv_dtype="bfloat16")
     kept, streams = 16 * 12, 16 * 4
-    assert size.bytes.kv == (kept * N + streams * 640) * (2 * 128 * 2 + 4)
-    assert size.bytes.graph == kept * N * 32 * 4
+    assert size.bytes.kv == (kept * N + streams * 640) * 2 * 128 * 2
+    assert size.bytes.graph == kept * (N - 640) * 56
     assert size.indexed == kept * (N - 640)
     assert size.requests.put == kept + streams + 2
 
