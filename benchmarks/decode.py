@@ -57,9 +57,11 @@ AHEAD = {(16384, 1): 1.0, (32768, 1): 1.0, (65536, 16): 1.0, (131072, 1): 4.0, (
 OF_PEER = {(32768, 1): 1.0, (32768, 16): 4.0}  # llama.cpp / ours
 
 
-def store_document(loaded: LoadedModel, store: IndexStore, text: str, threads: int) -> tuple[Manifest, float, float]:
+def store_document(
+    loaded: LoadedModel, store: IndexStore, text: str, threads: int, build: BuildConfig | None = None
+) -> tuple[Manifest, float, float]:
     """The index of a document, and the seconds of prefill and of graph construction."""
-    build = BuildConfig()
+    build = build or BuildConfig()
     fields = index_fields(loaded.config, build)
     where = {"document_id": "d", "fingerprint": fingerprint_of(fields), "attempt": store.new_attempt()}
     began = time.perf_counter()

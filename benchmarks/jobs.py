@@ -20,7 +20,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def overhead(args: argparse.Namespace) -> list[Target]:
 @contextmanager
 def cpu_time() -> Iterator[list[float]]:
     """CPU seconds of this process and all that descend from it meanwhile; those that end are seen to 0.2 s before."""
-    tick, found, over = os.sysconf("SC_CLK_TCK"), [0.0], threading.Event()
+    tick, found = os.sysconf("SC_CLK_TCK"), [0.0]
     first: dict[int, float] = {}
     last: dict[int, float] = {}
 
@@ -174,20 +174,31 @@ def cpu_time() -> Iterator[list[float]]:
             last[pid] = sum(map(int, fields[11:13])) / tick
             first.setdefault(pid, last[pid] if new is None else new)
 
+    look(None)
+    try:
+        with watching(lambda: look(0.0)):
+            yield found
+    finally:
+        look(0.0)
+        found[0] = sum(last.values()) - sum(first.values())
+
+
+@contextmanager
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Looks five times a second, from a thread."""
+    over = threading.Event()
+
     def watch() -> None:
         while not over.wait(0.2):
-            look(0.0)
+            look()
 
-    look(None)
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield found
+        yield
     finally:
         over.set()
         thread.join()
-        look(0.0)
-        found[0] = sum(last.values()) - sum(first.values())
 
 
 # many
@@ -228,20 +239,14 @@ def many(args: argparse.Namespace) -> list[Target]:
 @contextmanager
 def growth() -> Iterator[dict[str, float]]:
     """Resident memory of this process in MB, without the pages of Ray's object store that it has mapped."""
-    found = {"before": resident_mb()}
-    found["most"], over = found["before"], threading.Event()
+    before = resident_mb()
+    found = {"before": before, "most": before}
 
-    def watch() -> None:
-        while not over.wait(0.2):
-            found["most"] = max(found["most"], resident_mb())
+    def look() -> None:
+        found["most"] = max(found["most"], resident_mb())
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with watching(look):
         yield found
-    finally:
-        over.set()
-        thread.join()
 
 
 def resident_mb() -> float:

@@ -24,18 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 from common.measures import machine, table
+from decode import store_document
 
-from rabatch import prefill
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.executor import Executor
-from rabatch.fingerprint import index_fields
 from rabatch.generation import Generation
-from rabatch.indexing import content_digest, make_manifest, store_unit
 from rabatch.loading import LoadedModel, load_model
 from rabatch.memory import bytes_of
-from rabatch.storage.manifest import Manifest, fingerprint_of
+from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore
 
 METHODS = ("dense", "graph", "scan")
@@ -44,27 +42,6 @@ KINDS = ("none", "half")
 OPENINGS = 3
 FEWEST_BYTES = 0.3  # with int8 keys and 2-bit values
 FASTER = 1.4
-
-
-def store_document(loaded: LoadedModel, store: IndexStore, text: str, build: BuildConfig, threads: int) -> Manifest:
-    """The index of a document under these settings."""
-    fields = index_fields(loaded.config, build)
-    where = {"document_id": "d", "fingerprint": fingerprint_of(fields), "attempt": store.new_attempt()}
-    units = [unit for _, unit in prefill.prefill_units(loaded, [prefill.encode(loaded, "d", text)], build)]
-    parts = [store_unit(store, unit, build, **where, threads=threads)[0] for unit in units]
-    manifest = make_manifest(
-        document_id="d",
-        content_sha256=content_digest(text),
-        text_chars=len(text),
-        metadata={},
-        fingerprint_fields=fields,
-        fingerprint=where["fingerprint"],
-        units_geometry=units[0]["geometry"],
-        context_tokens=units[0]["context_tokens"],
-        parts=parts,
-        stats={},
-    )
-    return store.commit(manifest)
 
 
 def check_stored(store: IndexStore, half: Manifest, none: Manifest) -> None:
@@ -143,7 +120,7 @@ def main() -> None:
         tails = [loaded.template.encode_question(loaded.tokenizer, question["question"]) for question in asked]
         with tempfile.TemporaryDirectory() as folder:
             store = IndexStore(folder, create=True)
-            made = {k: store_document(loaded, store, document["text"], b, args.threads) for k, b in builds.items()}
+            made = {k: store_document(loaded, store, document["text"], args.threads, b)[0] for k, b in builds.items()}
             check_stored(store, made["half"], made["none"])
             check_logits(loaded, store, made["half"], tails[0])
             opened = dict.fromkeys(KINDS, math.inf)

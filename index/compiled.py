@@ -1,39 +1,21 @@
-"""How kernels are compiled and run: numba, cached on disk, without the GIL, on plain Python threads.
+"""How compiled kernels are run: on plain Python threads.
 
 Threads are Python's, not numba's `prange`: its default threading layer may not be entered from two threads at once
 and has one process-wide count. A Ray actor passes its own `threads`.
-
-The machine code is cached beside the source, or, where that is read-only, in the user's cache folder
-(`NUMBA_CACHE_DIR` overrides both); files are replaced atomically and keyed by CPU, so processes may share it.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import numba
 import numpy as np
 
 from rabatch.errors import ConfigError
-
-_log = logging.getLogger(__name__)
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`numba.njit` with fastmath, no GIL, and the disk cache where any folder for it is writable."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": FAST}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError as error:  # "cannot cache function ...: no locator available"
-        _log.warning("kernel %s is compiled anew in every process: %s", function.__name__, error)
-        return numba.njit(**options)(function)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.compiling import compiled
 from rabatch.index.alignment import align
 from rabatch.index.base import QuerySample
-from rabatch.index.compiled import compiled
 
 VOTERS = 4  # sampled queries that propose links for a new key; 8 find no more and cost twice as much
 _ROWS = 1024  # new keys whose scores are held at once

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.compiling import compiled
 from rabatch.config import GraphConfig
 from rabatch.errors import ConfigError
-from rabatch.index.compiled import compiled, read_only, run_ranges
+from rabatch.index.compiled import read_only, run_ranges
 from rabatch.index.nearest import nearest_keys
 
 _MAX_CANDIDATES = 96  # per key, before pruning: a key that most queries want co-occurs with thousands

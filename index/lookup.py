@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from rabatch.index.compiled import compiled
+from rabatch.compiling import compiled
 from rabatch.index.topk.lanes import loop
 
 KEYS_PER_BLOCK = 32

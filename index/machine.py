@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from rabatch.index.compiled import FAST
+from rabatch.compiling import FAST
 
 _I8P, _I32 = ir.IntType(8).as_pointer(), ir.IntType(32)
 

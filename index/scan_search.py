@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rabatch.index.compiled import compiled
+from rabatch.compiling import compiled
 from rabatch.index.lookup import KEYS_PER_BLOCK, MAX_LEVEL, MAX_QUERIES, above_sums, sum_lookups
 from rabatch.index.rerank import score_pairs
 from rabatch.index.topk.best import cut, packed, score_of, settle

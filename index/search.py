@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.compiling import compiled
 from rabatch.index.base import SearchResult, empty_result
 from rabatch.index.codes import KeyCodes
-from rabatch.index.compiled import compiled, read_only, run_ranges
+from rabatch.index.compiled import read_only, run_ranges
 from rabatch.index.machine import dot, prefetch
 
 _CACHE_LINE_BYTES = 64

@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from rabatch.index.compiled import FAST, compiled
+from rabatch.compiling import FAST, compiled
 from rabatch.index.machine import add_scaled, prefetch, widen
 
 GROUP = 32

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.compiling import compiled
 from rabatch.errors import ConfigError, KeysError
-from rabatch.index.compiled import compiled, read_only, run_ranges, run_tasks
+from rabatch.index.compiled import read_only, run_ranges, run_tasks
 from rabatch.index.machine import add_scaled
 from rabatch.index.token_codes import TokenCodes, sizes
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, greatest

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from rabatch.config import BuildConfig, Method, Recipe
 from rabatch.flops import ModelWork
+from rabatch.storage.codecs import code_width
 
 METHODS: tuple[Method, ...] = ("dense", "flat", "graph", "scan")
 """What is compared. `streaming` answers another question, and `auto` is one of these."""
@@ -58,7 +59,7 @@ class Decoding:
 
     Args:
         weight_bytes: Of one weight of the model.
-        kv_bytes: Of one number of a key or value, as it is attended.
+        kv_bytes: Of one number of a key or value where none is encoded.
         question_tokens, answer_tokens: Of one question, on average.
         questions_per_batch: Questions decoded together at most.
     """
@@ -80,23 +81,31 @@ class Decoding:
         static = min(n_tokens, build.sink_tokens + build.window_tokens)
         indexed = n_tokens - static
         group = shape.n_query_heads // shape.n_kv_heads
-        found = group * min(recipe.top_k, indexed) * row
+        key, value = self._row_bytes()
+        found = group * min(recipe.top_k, indexed) * (key + value)
         zones = 0.0
         if build.zone_tokens and recipe.estimate is not False:
             zones = indexed / build.zone_tokens * 2 * shape.head_dim * _SUM_BYTES / together
         if method == "graph":
-            indexed_bytes = group * self._visited(indexed) * row / 2 + found + zones
+            indexed_bytes = group * self._visited(indexed) * key + found + zones
         elif method == "scan":
-            scored = self._candidates("scan", indexed) * row / 2
+            scored = self._candidates("scan", indexed) * key
             indexed_bytes = group * (indexed * shape.head_dim / 4 + scored) + found + zones
         elif method == "flat":
-            indexed_bytes = indexed * row / 2 / together + found
+            indexed_bytes = indexed * key / together + found
         else:
-            indexed_bytes = indexed * row / together
+            indexed_bytes = indexed * (key + value) / together
         own = sum(min(n_tokens, window) * row for window in self.work.windows if window) / together
         static_heads, index_heads = self._full_heads()
         heads = static_heads * static * row / together + index_heads * indexed_bytes
         return weights + shape.n_kv_heads * own + heads
+
+    def _row_bytes(self) -> tuple[int, int]:
+        """Of a key and of a value of the index, as they are held; keys in groups are decoded when they are opened."""
+        dim, build = self.work.geometry.head_dim, self.build
+        key = code_width("int8", "key", dim) if build.key_codec == "int8" else dim * self.kv_bytes
+        plain = build.value_codec == "none"
+        return key, dim * self.kv_bytes if plain else code_width(build.value_codec, "value", dim)
 
     def _full_heads(self) -> tuple[int, int]:
         """KV heads of all layers with full attention, and how many of them keep the whole context."""

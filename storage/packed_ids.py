@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from rabatch.compiling import compiled
 
 _WORD = 8  # bytes read or written at once, past the end of a row too
 _WORD_BITS = 56  # of those are a row's from any bit on
@@ -99,7 +100,7 @@ def _lowest_bit(typing_context, bits):  # type: ignore[no-untyped-def]
     return types.int64(types.uint64), generate
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[misc]
+@compiled
 def _pack(ids, n_ids, low_bits, width, packed):  # type: ignore[no-untyped-def]
     mask = (np.int64(1) << low_bits) - 1
     for row in range(ids.shape[0]):
@@ -111,7 +112,7 @@ def _pack(ids, n_ids, low_bits, width, packed):  # type: ignore[no-untyped-def]
             _set_bits(packed, base + (upper >> 3), np.uint64(np.int64(1) << (upper & 7)))  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[misc]
+@compiled
 def _unpack(packed, width, n_ids, low_bits, ids):  # type: ignore[no-untyped-def]
     """The first row that is wrong, or -1."""
     per_row = ids.shape[1]

@@ -9,10 +9,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from rabatch.compiling import compiled
 from rabatch.index.base import QuerySample, SearchResult, empty_result
 from rabatch.index.baselines.common import Baseline, score_candidates
 from rabatch.index.baselines.lift import Reduction, pad_queries
-from rabatch.index.compiled import compiled, read_only
+from rabatch.index.compiled import read_only
 from rabatch.index.native import native
 
 _TRAINING_ROUNDS = 10

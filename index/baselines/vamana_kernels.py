@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rabatch.index.compiled import compiled
+from rabatch.compiling import compiled
 
 
 @compiled

@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from rabatch.index.compiled import compiled
+from rabatch.compiling import compiled
 from rabatch.index.topk.lanes import LANES, above, lowest_bit
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rabatch.index.compiled import compiled, read_only, run_tasks
+from rabatch.compiling import compiled
+from rabatch.index.compiled import read_only, run_tasks
 from rabatch.index.machine import spread
 from rabatch.index.topk.base import Attended, Request, Span
 from rabatch.index.topk.best import collect, room_for, settle

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rabatch.index.compiled import compiled
+from rabatch.compiling import compiled
 
 LANES = 16
 TILE_ROWS = 6  # 6 x 16 sums fill 12 of the 16 registers of AVX2: measured 85 of about 100 GFLOP/s of a core

@@ -66,6 +66,12 @@ class ContextLayer:
         keys, values = (plain if coded is None else self._joined(plain, coded) for plain, coded in both)
         return keys, values
 
+    def indexed_keys(self, head: int) -> Tensor:
+        """The keys of the index of one KV head, [n_index_keys, head_dim], float32."""
+        if self.key_codes is not None:
+            return self.key_codes.numbers(head, slice(None))
+        return self.keys[head, self.index_start : self.index_stop].float()
+
     def _joined(self, plain: Tensor, coded: CodedRows) -> Tensor:
         start = self.index_start
         return torch.cat([plain[:, :start].float(), coded.decoded(), plain[:, start:].float()], dim=1)
@@ -141,7 +147,9 @@ class ContextLayer:
             if recipe.method != "dense":
                 _ = group.static.panels if on_cpu else group.static
             if recipe.attends_all and group.shape[1]:
-                _ = group.positions, group.shared if on_cpu else None
+                _ = group.positions
+                if on_cpu:
+                    _ = group.shared
 
     def find(self, rows: NDArray[np.float32], method: str) -> Found:
         """The keys that an index finds, on the CPU, as rows of the layer.

@@ -40,7 +40,7 @@ class RecallSampler:
         if self._random.random() >= self.share or not len(heads) or not n_rows:
             return
         head, row = int(self._random.choice(heads)), int(self._random.integers(n_rows))
-        keys = layer.keys[head, layer.index_start : layer.index_stop].float()
+        keys = layer.indexed_keys(head)
         query = torch.from_numpy(np.ascontiguousarray(queries[head, row])).to(keys.device)
         best = (keys @ query).topk(min(int(layer.budget[head]), len(keys))).indices.cpu() + layer.index_start
         self.shares.append(float(torch.isin(best, ids[head, row].cpu()).float().mean()))

@@ -13,7 +13,8 @@ from torch import Tensor
 from rabatch.attention.coded import Affine, CodedRows
 from rabatch.attention.merge import Partial, merge
 from rabatch.attention.sets import stored_bits
-from rabatch.index.compiled import compiled, read_only, run_tasks
+from rabatch.compiling import compiled
+from rabatch.index.compiled import read_only, run_tasks
 from rabatch.index.machine import widen
 from rabatch.index.token_codes import TokenCodes, widen_rows
 from rabatch.index.topk.best import collect, room_for, settle

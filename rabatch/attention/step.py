@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rabatch.attention.coded import CodedRows
 from rabatch.attention.sets import Attended, Found, StaticSet, n_rows_of, stored_bits
-from rabatch.index.compiled import compiled, read_only, run_tasks
+from rabatch.compiling import compiled
+from rabatch.index.compiled import read_only, run_tasks
 from rabatch.index.machine import add_scaled
 from rabatch.index.token_codes import prefetch_row
 from rabatch.index.topk.lanes import LANES, TILE_ROWS, add_tile, exp_minus, greatest, soften

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rabatch.compiling import FAST
 from rabatch.errors import ConfigError
 from rabatch.index import machine
-from rabatch.index.compiled import FAST, run_tasks
+from rabatch.index.compiled import run_tasks
 from rabatch.index.topk import best, lanes
 from rabatch.index.topk.best import ranked
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rabatch.compiling import FAST
 from rabatch.index import lookup, scan_search
 from rabatch.index.alignment import Alignment
 from rabatch.index.base import QuerySample
 from rabatch.index.codes import encode
-from rabatch.index.compiled import FAST
 from rabatch.index.scan import ScanIndex
 from rabatch.index.scan_naive import scan, sums_of, tables_of
 

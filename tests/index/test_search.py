@@ -112,3 +112,18 @@ def test_full_budget_returns_every_key(n_keys, dtype):
     found = search_graph(encode(keys, dtype), neighbors, entries, queries, k=n_keys, search_list=n_keys)
     assert (np.sort(found.ids, axis=-1) == np.arange(n_keys)).all()
     assert (found.visited == n_keys).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_links_changes_nothing(seed):
+    """They are stored in ascending order. Scores without ties: which of equal keys is kept may depend on it."""
+    rng = np.random.default_rng(seed)
+    keys, queries = (rng.standard_normal((2, n, 16)).astype(np.float32) for n in (500, 9))
+    samples = [np.argsort(-(rng.standard_normal((60, 16)) @ head.T), axis=1)[:, :12].astype(np.int32) for head in keys]
+    graphs = [build_graph(head, lists, config=GraphConfig()) for head, lists in zip(keys, samples, strict=True)]
+    neighbors, entries = (np.stack([getattr(graph, name) for graph in graphs]) for name in ("neighbors", "entries"))
+    mixed = rng.permuted(neighbors, axis=2)
+    found, other = (search_graph(encode(keys), n, entries, queries, k=20, search_list=40) for n in (neighbors, mixed))
+    assert not np.array_equal(neighbors, mixed)
+    for name in ("ids", "scores", "visited"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(other, name))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,6 +197,14 @@ def test_the_report_of_the_demo():
     assert ["graph", "100.0%", "10.0%", "2.0"] in lines
     assert ["streaming", "0.0%", "-", "4.0"] in lines
     assert lines[-1] == ["index", "store", "s3://bucket/index"]
+
+
+def test_the_demo_leaves_nothing_behind(local_ray, tmp_path, monkeypatch):
+    """What it reports is read before its folder goes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    report = run_demo(documents=1, tokens=700, questions=1, progress=False)
+    assert (report["questions"], report["failed"], len(report["samples"])) == (1, 0, 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -15,12 +15,12 @@ from rabatch.attention.context import QuestionAttention
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.seam import AttentionCall
 from rabatch.attention.shared import SharedKeys, attend_several
+from rabatch.compiling import compiled
 from rabatch.config import BuildConfig, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import ConfigError
 from rabatch.fingerprint import index_fields
-from rabatch.index.compiled import compiled
 from rabatch.index.machine import add_scaled
 from rabatch.index.token_codes import numbers, prefetch_row, sizes, widen_rows
 from rabatch.loading import LoadedModel, load_model

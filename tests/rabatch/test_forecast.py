@@ -43,6 +43,20 @@ def test_traffic_by_hand(together):
         assert DECODING.token_bytes(method, N, together) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("key_codec", "value_codec", "key", "value"),
+    [("int8", "none", 8, 16), ("none", "int8", 16, 8), ("kivi2", "kivi2", 16, 4)],  # 2 of codes, a step, a zero
+)
+def test_codes_are_less_traffic(key_codec, value_codec, key, value):
+    """Keys in groups are decoded when they are opened."""
+    build = dataclasses.replace(DECODING.build, key_codec=key_codec, value_codec=value_codec)
+    coded = dataclasses.replace(DECODING, build=build)
+    rest = 900 * 4 + 2 * 2 * 40 * ROW
+    assert coded.token_bytes("dense", N, 1) == pytest.approx(rest + 2 * 2 * 1000 * (key + value))
+    found, zones = 2 * 20 * (key + value), 1000 / 50 * 2 * 8 * 4
+    assert coded.token_bytes("graph", N, 1) == pytest.approx(rest + 2 * 2 * (2 * 480 * key + found + zones))
+
+
 def test_a_step_takes_the_traffic_or_the_arithmetic_whichever_is_more():
     flops = 2 * 900 + 4 * 8 * 4 * 2 * N
     assert DECODING.token_flops("dense", N) == flops
