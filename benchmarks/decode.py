@@ -51,6 +51,7 @@ SPARSE = ("graph", "scan")
 RECIPES = ("dense", *SPARSE)  # dense first: where transformers' cache does not fit, its tokens are what all decode
 MOST_BYTES = 12 << 30  # of its cache; it takes twice that for a moment
 TRAINED = 40_960  # positions of the demo model
+MADE = 64  # questions of a document, however many are asked: a document that is kept must stay the same
 HERE = Path(__file__).parent
 WANTED = {(32768, 16): 25.0, (131072, 16): 50.0}  # times the tokens per second of transformers
 AHEAD = {(16384, 1): 1.0, (32768, 1): 1.0, (65536, 16): 1.0, (131072, 1): 4.0, (131072, 16): 4.0}  # dense / sparse
@@ -262,7 +263,7 @@ def run(args: argparse.Namespace, folder: Path, lengths: list[int], counts: list
         targets.append({"name": name, "value": value, "target": target, "at most": most, "holds": holds})
 
     for length in lengths:
-        document, questions = generate_document(document_id="d", tokens=length, n_questions=max(counts), seed=7)
+        document, questions = generate_document(document_id="d", tokens=length, n_questions=max(MADE, *counts), seed=7)
         tails = [loaded.template.encode_question(loaded.tokenizer, q["question"]) for q in questions]
         store = IndexStore(str(folder / f"{args.model}-{length}"), create=True)
         with torch.inference_mode():

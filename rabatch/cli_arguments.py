@@ -203,7 +203,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=f"how to attend ({_RECIPE.method})")
     _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
-    _number(group, "--search-list", _RECIPE.search_list, "candidates of a graph search; 0: twice top-k")
+    _number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
     group.add_argument(
         "--budget",
         choices=("auto", "fixed", "mass", "profile", "pyramid"),

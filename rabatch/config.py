@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 Method = Literal["dense", "streaming", "flat", "graph", "scan", "auto"]
 METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "auto")
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
+_SCANNED_KEYS = 1 << 15
+"""Up to so many keys four candidates per key that is wanted find .97 and more of the mass (docs/decode.md)."""
 INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
 
 Codec = Literal["none", "int8", "int4", "kivi2"]
@@ -218,7 +221,8 @@ class Recipe(_Checked):
         estimate: Whether the keys that are not retrieved are estimated by the zones of the index (RetroInfer), and not
             left out. None: where the index has zones.
         search_list: Candidates: kept during a graph search (ef), or scored exactly after a scan; more find more and
-            cost more. 0: 2 x top_k of a graph, 4 x top_k of a scan.
+            cost more. 0: 2 x top_k of a graph; 4 x top_k of a scan, and with the root of the length more past 32K keys,
+            where codes mistake more keys for the best.
         question_attention: How the question's tokens attend the context: ``exact`` (all keys), ``index`` (like
             generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine.
         tail_tokens: Question and generated tokens that are attended whole, the last ones; older ones are retrieved
@@ -252,10 +256,12 @@ class Recipe(_Checked):
         questions = self.question_attention != "index" and self.method != "streaming"
         return self.method in ("dense", "auto") or questions
 
-    @property
-    def effective_search_list(self) -> int:
-        """The number of candidates of a search; never below `top_k`."""
-        return max(self.search_list or (4 if self.method == "scan" else 2) * self.top_k, self.top_k)
+    def candidates(self, n_keys: int) -> int:
+        """The number of candidates of a search of so many keys; never below `top_k`."""
+        several = 2.0
+        if self.method == "scan":
+            several = 4 * max(1.0, math.sqrt(n_keys / _SCANNED_KEYS))
+        return max(self.search_list or round(several * self.top_k), self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ machine's rate, whichever is more. Where earlier answers were timed, their secon
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,9 +115,8 @@ class Decoding:
         return every, every - sum(len(self.build.streaming_heads(layer)) for layer in full)
 
     def _candidates(self, method: Method, indexed: float) -> float:
-        """As `Recipe.effective_search_list`, of the method that is reckoned."""
-        recipe = self.recipe
-        return min(indexed, max(recipe.search_list or (4 if method == "scan" else 2) * recipe.top_k, recipe.top_k))
+        """Of a search by the method that is reckoned."""
+        return min(indexed, dataclasses.replace(self.recipe, method=method).candidates(round(indexed)))
 
     def _visited(self, indexed: float) -> float:
         """Keys that a graph search scores."""

@@ -28,14 +28,14 @@ def _graph(recipe: Recipe, block: LayerBlock, heads: NDArray[np.int64], keys: Ke
     if block.neighbors is None or block.entries is None:
         raise _missing(recipe, block)
     links = (array if len(heads) == len(array) else array[heads] for array in (block.neighbors, block.entries))
-    return GraphIndex(keys, *links, search_list=recipe.effective_search_list, threads=threads)
+    return GraphIndex(keys, *links, search_list=recipe.candidates(keys.shape[1]), threads=threads)
 
 
 def _scan(recipe: Recipe, block: LayerBlock, heads: NDArray[np.int64], keys: KeyCodes, threads: int) -> KeyIndex:
     if block.scan is None:
         raise _missing(recipe, block)
     arrays = (array if len(heads) == len(array) else array[heads] for array in vars(block.scan).values())
-    efforts = [recipe.effective_search_list] * len(heads)
+    efforts = [recipe.candidates(keys.shape[1])] * len(heads)
     return ScanIndex.stored(keys, *arrays, efforts=efforts, threads=threads)
 
 

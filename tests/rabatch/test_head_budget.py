@@ -69,3 +69,19 @@ def test_the_pyramid_falls_and_keeps_the_mean() -> None:
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         Recipe(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "n_keys", "search_list", "candidates"),
+    [
+        ("graph", 1000, 0, 200),
+        ("graph", 1 << 17, 0, 200),
+        ("scan", 1000, 0, 400),
+        ("scan", 1 << 15, 0, 400),
+        ("scan", 1 << 17, 0, 800),
+        ("scan", 1 << 17, 300, 300),
+        ("graph", 1000, 50, 100),
+    ],
+)
+def test_candidates_of_a_search(method, n_keys, search_list, candidates):
+    assert Recipe(method=method, top_k=100, search_list=search_list).candidates(n_keys) == candidates
