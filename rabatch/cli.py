@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_answers, cli_arguments, cli_jobs, cli_report, cli_store
+from rabatch import __version__, cli_answers, cli_arguments, cli_calibrate, cli_jobs, cli_report, cli_store
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,run,build,answer,answers,report,plan,submit,schedule,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,run,build,answer,answers,calibrate,report,plan,submit,schedule,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     example = "corpus/questions.jsonl --store index --output answers"
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
     cli_answers.add_command(add)
+    cli_calibrate.add_command(add)
     example = "--store index --answers answers --report-html report.html"
     cli_report.add_arguments(add("report", cli_report.run, "write a page about what lies in the stores", example))
     cli_jobs.add_commands(add)

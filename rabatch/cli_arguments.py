@@ -160,7 +160,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the input")
     parser.add_argument("--report", metavar="FILE", help="write a row per document to this .parquet or .jsonl file")
-    _add_model(parser)
+    add_model(parser)
     group = parser.add_argument_group("what is stored (part of the fingerprint)")
     group.add_argument("--index", choices=INDEX_KINDS, default=_BUILD.index, help="none: keys and values only")
     _number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
@@ -178,11 +178,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
         group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
-    text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
-    group.add_argument("--head-pattern", metavar="PATH", help=text)
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
-    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
+    _add_heads(group, "keep")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -199,7 +195,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="URL", default="answers", help="answers store; also answers.parquet and .jsonl (answers)"
     )
     parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
-    _add_model(parser)
+    add_model(parser)
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=f"how to attend ({_RECIPE.method})")
     _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
@@ -224,6 +220,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         default=_RECIPE.question_attention,
         help=f"how question tokens attend ({_RECIPE.question_attention})",
     )
+    _add_heads(group, "attend")
     group = parser.add_argument_group("generation (default: the model's own settings)")
     _number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
@@ -245,7 +242,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of `model_of`."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=_MODEL.name, help="hub name or path; demo: the one in the package (demo)")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -255,6 +253,21 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context-template", metavar="TEXT", help="prompt with {document} and {question} once each, document first"
     )
+
+
+def _add_heads(group: argparse._ArgumentGroup, do: str) -> None:
+    text = (
+        f"folder with full_attention_heads.tsv, or demo: heads with a low gate {do} the static set only (DuoAttention)"
+    )
+    group.add_argument("--head-pattern", metavar="PATH", help=text)
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
+    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
+
+
+def _heads(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {"head_pattern": "head_pattern", "head_sparsity": "sparsity", "head_threshold": "threshold"}
+    return {field: getattr(arguments, name) for field, name in names.items()}
 
 
 def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
@@ -314,9 +327,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         kv_dtype=arguments.kv_dtype,
         key_codec=arguments.key_codec,
         value_codec=arguments.value_codec,
-        head_pattern=arguments.head_pattern,
-        head_sparsity=arguments.sparsity,
-        head_threshold=arguments.threshold,
+        **_heads(arguments),
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")
@@ -340,6 +351,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         tail_tokens=arguments.tail_tokens,
         search_list=arguments.search_list,
         question_attention=arguments.question_attention,
+        **_heads(arguments),
     )
     sampling = (arguments.temperature, arguments.top_p, arguments.sampling_top_k)
     generation = GenerationSettings(
@@ -370,8 +382,9 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = ModelConfig(
+def model_of(arguments: argparse.Namespace) -> ModelConfig:
+    """What the options of `add_model` say."""
+    return ModelConfig(
         name=arguments.model,
         revision=arguments.revision,
         device=arguments.device,
@@ -379,10 +392,13 @@ def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         trust_remote_code=arguments.trust_remote_code,
         context_template=arguments.context_template,
     )
+
+
+def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "store": arguments.store,
         "storage_options": arguments.storage_options,
-        "model": model,
+        "model": model_of(arguments),
         "address": arguments.address,
         "max_failed_rows": arguments.max_failed_rows,
     }
