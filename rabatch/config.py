@@ -161,7 +161,8 @@ class BuildConfig(_WithHeads):
             one channel, values of one token).
         head_pattern: Which KV heads keep the whole context; the others, streaming heads, keep the static set only
             (DuoAttention). A folder with gates in the published form, ``"demo"`` for those of the demo model, or a row
-            per layer of gates, or of true and false. Read when the object is made, which then holds true and false. None: all heads do.
+            per layer of gates, or of true and false. Read when the object is made, which then holds true and false.
+            None: all heads do.
         head_sparsity, head_threshold: What makes true and false of gates (`rabatch.head_pattern.resolve`): the share
             of the heads that stream, those with the lowest gates; or the least gate that keeps the context. None once
             they are.

@@ -70,16 +70,20 @@ def banded(call: AttentionCall, *, sink: int, recent: int) -> Tensor:
         queries = torch.arange(start, stop, device=keys.device)[:, None]
         others = torch.cat([torch.arange(first), torch.arange(low, stop)]).to(keys.device)
         seen = (others <= queries) & ((others > queries - recent) | (others < sink))
-        mine = [
-            torch.cat([t[:, :, :first], t[:, :, low:stop]], 2) if first else t[:, :, low:stop] for t in (keys, values)
-        ]
+        mine, theirs = (_joined(states, first, low, stop) for states in (keys, values))
         rows = call.query[:, :, start:stop]
         if call.softcap is None:
-            parts.append(F.scaled_dot_product_attention(rows, *mine, attn_mask=seen, scale=call.scaling))
+            parts.append(F.scaled_dot_product_attention(rows, mine, theirs, attn_mask=seen, scale=call.scaling))
         else:  # its scores are not kept for the way back, they are made again
-            softcap = call.softcap, call.scaling
-            parts.append(checkpoint(_capped, rows, *mine, seen, *softcap, use_reentrant=False))
+            bound = (call.softcap, call.scaling)
+            parts.append(checkpoint(_capped, rows, mine, theirs, seen, *bound, use_reentrant=False))
     return torch.cat(parts, 2)
+
+
+def _joined(states: Tensor, first: int, low: int, stop: int) -> Tensor:
+    """The `first` rows, and those from `low` to `stop`."""
+    recent = states[:, :, low:stop]
+    return torch.cat([states[:, :, :first], recent], 2) if first else recent
 
 
 def _capped(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float, scaling: float) -> Tensor:

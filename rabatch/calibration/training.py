@@ -166,9 +166,9 @@ class Training:
         """Mean square of what the gates change in the final hidden states that answers are predicted from, and the
         gates' own part."""
         with torch.no_grad():
-            wanted = self._hidden(sample, None)
-        found = self._hidden(sample, self.gates)
-        changed = (found - wanted).square().mean()
+            wanted = self.hidden(sample, None)
+        found = self.hidden(sample, self.gates)
+        changed = (found.float() - wanted.float()).square().mean()
         return changed + self.settings.regularization * self._gated().abs().mean()
 
     def written(self) -> NDArray[np.float64]:
@@ -194,8 +194,8 @@ class Training:
         full = [layer for layer in range(len(self.gates)) if layer not in self.sliding]
         return self.gates[full]
 
-    def _hidden(self, sample: Sample, gates: Tensor | None) -> Tensor:
-        """Final normed hidden states that answers are predicted from: float32 [n_answer_tokens, hidden]."""
+    def hidden(self, sample: Sample, gates: Tensor | None) -> Tensor:
+        """Final normed hidden states that answers are predicted from: [n_answer_tokens, hidden]."""
         settings, device = self.settings, self.loaded.config.device
         session = GatedAttention(gates, sink_tokens=settings.sink_tokens, recent_tokens=settings.recent_tokens)
         decoder = self.loaded.model.get_decoder()
@@ -206,7 +206,8 @@ class Training:
         if len(self.sliding) == len(self.gates):
             fix = "every layer has a sliding window of its own; there is no head to choose"
             raise ModelError("model", self.loaded.config.name, fix)
-        return hidden[sample.predicting.to(hidden.device)].float()
+        chosen: Tensor = hidden[sample.predicting.to(hidden.device)]
+        return chosen
 
 
 def picture(gates: NDArray[np.float64], model: str) -> str:
