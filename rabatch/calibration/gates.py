@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rabatch.attention.merge import logits
 from rabatch.attention.seam import AttentionCall
 
 _BLOCK_ROWS = 512
@@ -88,7 +87,8 @@ def _joined(states: Tensor, first: int, low: int, stop: int) -> Tensor:
 
 def _capped(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float, scaling: float) -> Tensor:
     """Attention with bounded scores (Gemma 2), which torch's own has not."""
-    scores = logits(rows @ keys.transpose(-1, -2), scaling, softcap)
+    scores = (rows @ keys.transpose(-1, -2)).to(torch.promote_types(rows.dtype, torch.float32)) * scaling
+    scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~seen, -math.inf).softmax(-1).to(values.dtype) @ values
 
 

@@ -128,7 +128,7 @@ def test_gradients_of_the_loss_are_finite_differences(name: str, tmp_path: Path)
     assert all(weight.grad is None for weight in loaded.model.parameters())
     with layers_made_again():
         torch.testing.assert_close(torch.autograd.grad(loss_in_double(learner, sample), learner.gates)[0], found)
-    step = 1e-4
+    step = 1e-3  # norms compute in float32
     for layer, head in np.ndindex(*learner.gates.shape):
         sides = []
         for way in (step, -step):
@@ -136,8 +136,8 @@ def test_gradients_of_the_loss_are_finite_differences(name: str, tmp_path: Path)
                 learner.gates[layer, head] += way
                 sides.append(float(loss_in_double(learner, sample)))
                 learner.gates[layer, head] -= way
-        assert float(found[layer, head]) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-3, abs=1e-9)
-        assert (float(found[layer, head]) == pytest.approx(0, abs=1e-8)) == (layer in sliding)
+        assert float(found[layer, head]) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-2)
+        assert (float(found[layer, head]) == 0) == (layer in sliding)
 
 
 def loss_in_double(learner: Training, sample: Sample) -> Tensor:
@@ -243,7 +243,7 @@ def test_settings_go_by_the_model() -> None:
 def test_gates_of_heads_that_retrieve_stay(demo: LoadedModel) -> None:
     """Layer 0 of the demo model looks some tokens back, by construction (tools/demo_training/circuit.py)."""
     settings = CalibrationSettings(
-        steps=16, min_tokens=500, max_tokens=600, passkeys=6, sink_tokens=16, recent_tokens=64, learning_rate=0.08
+        steps=10, min_tokens=400, max_tokens=450, passkeys=4, sink_tokens=16, recent_tokens=64, learning_rate=0.1
     )
     learner = Training(demo, settings)
     for _ in range(settings.steps):
