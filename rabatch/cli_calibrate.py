@@ -22,7 +22,7 @@ def add_command(add: Add) -> None:
     for name, text in (
         ("steps", "steps, one sample each (2000; of the demo model 100)"),
         ("min-tokens", "tokens of the shortest samples (1024)"),
-        ("max-tokens", "tokens of the longest (32768 or what the model takes; of the demo model 4096)"),
+        ("max-tokens", "tokens of the longest (32768 or what the model takes; of the demo model 2048)"),
         ("lengths", "how many lengths between them (50)"),
         ("passkeys", "numbers to be found in a sample (10)"),
         ("sink-tokens", "first tokens that a streaming head sees (128)"),

@@ -11,7 +11,7 @@ import numpy as np
 from rabatch.errors import ConfigError
 
 _STEPS, _MAX_TOKENS = 2000, 32768
-_DEMO = {"steps": 100, "max_tokens": 4096}
+_DEMO = {"steps": 100, "max_tokens": 2048}
 """Enough for the eight gates of the demo model, in minutes without a card (docs/duoattention.md)."""
 
 

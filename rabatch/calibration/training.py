@@ -22,11 +22,11 @@ from rabatch.attention.seam import attending
 from rabatch.calibration import checkpoint as saved
 from rabatch.calibration.data import Passkeys, Sample
 from rabatch.calibration.gates import GatedAttention
+from rabatch.calibration.picture import picture
 from rabatch.calibration.settings import CalibrationSettings
 from rabatch.errors import ModelError
 from rabatch.head_pattern import CONFIG_FILE, GATES_FILE, read_gates, write_gates
 from rabatch.loading import LoadedModel
-from rabatch.report.heatmap import heat_map, standalone
 from rabatch.storage.manifest import fingerprint_of
 
 PICTURE_FILE = "gates.svg"
@@ -208,21 +208,6 @@ class Training:
             raise ModelError("model", self.loaded.config.name, fix)
         chosen: Tensor = hidden[sample.predicting.to(hidden.device)]
         return chosen
-
-
-def picture(gates: NDArray[np.float64], model: str) -> str:
-    """The gates as an SVG file: a cell per layer and KV head."""
-    kept = f"{(gates >= 0.5).sum()} of {gates.size} gates are 0.5 or more"
-    return standalone(
-        heat_map(
-            gates,
-            name="gates",
-            title=f"Gates of {model}",
-            about=f"How much each KV head needs the middle of a context: {kept}.",
-            x_label="KV head",
-            y_label="layer",
-        )
-    )
 
 
 @contextmanager

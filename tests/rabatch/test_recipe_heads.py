@@ -1,4 +1,4 @@
-"""Streaming heads of a recipe: over an index that holds all heads, answers are those of an index built with the pattern."""
+"""Streaming heads of a recipe: over an index that holds all heads, answers are those of one built with the pattern."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ one_model = pytest.mark.parametrize("setting", ["qwen3"], indirect=True, scope="
 
 
 def mixed(loaded: LoadedModel) -> Pattern:
-    """All, some and none of the heads of a layer keep the context; where a layer slides by nature, that means nothing."""
+    """All, some and none of the heads of a layer keep the context; of a sliding layer, that says nothing."""
     shape = loaded.geometry
     rows = [[(layer + head) % 2 == 1 for head in range(shape.n_kv_heads)] for layer in range(shape.n_layers)]
     rows[0], rows[-1] = [True] * shape.n_kv_heads, [False] * shape.n_kv_heads
@@ -109,7 +109,7 @@ def test_a_recipes_pattern_is_as_a_builds(setting: Setting, method: str, coded: 
 
 @one_model
 def test_index_and_recipe_stream_together(setting: Setting) -> None:
-    """A head keeps the context if both say so; heads that the index streams cannot be had back, and are not asked for."""
+    """A head keeps the context if both say so: what the index streams cannot be had back."""
     pattern, built = setting.pattern, setting.built[False]
     other = tuple(tuple(layer != 1 for _ in row) for layer, row in enumerate(pattern))
     both = tuple(tuple(a and b for a, b in zip(*rows, strict=True)) for rows in zip(pattern, other, strict=True))
