@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
+from rabatch.cli_heads import add_heads, heads_of
 from rabatch.config import (
     CODECS,
     DTYPES,
@@ -178,7 +179,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
         group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
-    _add_heads(group, "keep")
+    add_heads(group, "keep")
     group = _add_resources(parser, "--prefill-actors", "--graph-actors")
     _number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -220,7 +221,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         default=_RECIPE.question_attention,
         help=f"how question tokens attend ({_RECIPE.question_attention})",
     )
-    _add_heads(group, "attend")
+    add_heads(group, "attend")
     group = parser.add_argument_group("generation (default: the model's own settings)")
     _number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
@@ -253,21 +254,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context-template", metavar="TEXT", help="prompt with {document} and {question} once each, document first"
     )
-
-
-def _add_heads(group: argparse._ArgumentGroup, do: str) -> None:
-    text = (
-        f"folder with full_attention_heads.tsv, or demo: heads with a low gate {do} the static set only (DuoAttention)"
-    )
-    group.add_argument("--head-pattern", metavar="PATH", help=text)
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
-    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
-
-
-def _heads(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = {"head_pattern": "head_pattern", "head_sparsity": "sparsity", "head_threshold": "threshold"}
-    return {field: getattr(arguments, name) for field, name in names.items()}
 
 
 def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
@@ -327,7 +313,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         kv_dtype=arguments.kv_dtype,
         key_codec=arguments.key_codec,
         value_codec=arguments.value_codec,
-        **_heads(arguments),
+        **heads_of(arguments),
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")
@@ -351,7 +337,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         tail_tokens=arguments.tail_tokens,
         search_list=arguments.search_list,
         question_attention=arguments.question_attention,
-        **_heads(arguments),
+        **heads_of(arguments),
     )
     sampling = (arguments.temperature, arguments.top_p, arguments.sampling_top_k)
     generation = GenerationSettings(
