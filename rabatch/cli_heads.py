@@ -8,7 +8,7 @@ from typing import Any
 
 def add_heads(group: argparse._ArgumentGroup, do: str) -> None:
     """Add the options to a group; `do` says what heads do with the static set."""
-    text = f"folder with full_attention_heads.tsv, or demo: heads with a low gate {do} the static set only (DuoAttention)"
+    text = f"folder with full_attention_heads.tsv: heads with a low gate {do} the static set only; or demo"
     group.add_argument("--head-pattern", metavar="PATH", help=text)
     kept = group.add_mutually_exclusive_group()
     kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
