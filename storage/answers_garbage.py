@@ -6,7 +6,6 @@ may be under way.
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 
@@ -14,7 +13,7 @@ from rabatch.errors import StoreError
 from rabatch.storage.answers import PENDING, AnswerStore
 from rabatch.storage.garbage import DAY_S, Collection, attempts_in, store_time
 
-_PART = re.compile(r"(parts/[0-9a-f]{32})/\d{5}-[0-9a-f]{8}\.parquet")
+_PART = re.compile(r"parts/[0-9a-f]{32}/\d{5}-[0-9a-f]{8}\.parquet")
 
 
 def collect_answers(
@@ -37,7 +36,9 @@ def collect_answers(
     cutoff_s, found = now_s - grace_s, Collection()
     pending = [file for file in store.folder.files(PENDING) if file.changed_s <= cutoff_s]
     owned = []
-    for known, files in itertools.groupby(store.folder.walk("parts"), key=lambda f: _PART.fullmatch(f.path) is not None):
+    for known, files in itertools.groupby(
+        store.folder.walk("parts"), key=lambda f: _PART.fullmatch(f.path) is not None
+    ):
         if known:
             owned += list(files)
         else:
