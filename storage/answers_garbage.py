@@ -36,13 +36,11 @@ def collect_answers(
     cutoff_s, found = now_s - grace_s, Collection()
     pending = [file for file in store.folder.files(PENDING) if file.changed_s <= cutoff_s]
     owned = []
-    for known, files in itertools.groupby(
-        store.folder.walk("parts"), key=lambda f: _PART.fullmatch(f.path) is not None
-    ):
-        if known:
-            owned += list(files)
+    for file in store.folder.walk("parts"):
+        if _PART.fullmatch(file.path):
+            owned.append(file)
         else:
-            found.unknown += [file.path for file in files]
+            found.unknown.append(file.path)
     # After the listing: what a run commits meanwhile is listed by its manifest.
     listed = {part.path.rsplit("/", 1)[0] for run in store.runs() for part in run.parts}
     for attempt in attempts_in(iter(owned)):
