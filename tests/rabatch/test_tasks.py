@@ -71,11 +71,11 @@ def test_keys_values_and_distractors_are_as_many_as_defined() -> None:
 
 def test_a_chain_can_be_followed_to_its_end() -> None:
     made = generate("vt", tokens=1024, index=0, n_questions=3)
-    copies = dict(re.findall(r"Variable (\w+) is copied to variable (\w+)\.", made.text))
+    copies = dict(re.findall(r"copied from variable (\S+) to (\S+)\.", made.text))
     for question in made.questions:
         value = re.search(r"the value (\d+),", question.question)
         assert value is not None
-        first = re.search(rf"The value {value[1]} is stored in variable (\w+)\.", made.text)
+        first = re.search(rf"The value {value[1]} was first given to variable (\S+)\.", made.text)
         assert first is not None
         chain = [first[1]]
         while chain[-1] in copies:
