@@ -72,7 +72,8 @@ ITEMS: dict[str, Callable[[Random, Taken], Item]] = {
     "chain": _chain,
 }
 WEIGHTS = {
-    "words_number": 0.14, "words_uuid": 0.06, "uuid_uuid": 0.2, "json": 0.08, "several": 0.22, "keys": 0.1, "chain": 0.2,
+    "words_number": 0.14, "words_uuid": 0.06, "uuid_uuid": 0.2, "json": 0.08,
+    "several": 0.22, "keys": 0.1, "chain": 0.2,
 }  # fmt: skip
 """Relative numbers of the items."""
 
