@@ -44,7 +44,7 @@ def _several(rng: Random, taken: Taken) -> Item:
     key = wording.another(wording.words, rng, taken)
     n = rng.choice((2, 3, SEVERAL, SEVERAL, SEVERAL))
     values = wording.distinct(wording.seven_digits, rng, n, set())
-    asked = wording.asks_several(key, n), wording.answers_several(values)
+    asked = wording.asks_several(key, n), wording.answers_several(key, values)
     return Item(tuple(wording.states_several(key, values)), (asked,))
 
 
@@ -72,8 +72,8 @@ ITEMS: dict[str, Callable[[Random, Taken], Item]] = {
     "chain": _chain,
 }
 WEIGHTS = {
-    "words_number": 0.14, "words_uuid": 0.06, "uuid_uuid": 0.2, "json": 0.08,
-    "several": 0.22, "keys": 0.1, "chain": 0.2,
+    "words_number": 0.2, "words_uuid": 0.06, "uuid_uuid": 0.22, "json": 0.1,
+    "several": 0.2, "keys": 0.08, "chain": 0.14,
 }  # fmt: skip
 """Relative numbers of the items."""
 

@@ -55,15 +55,15 @@ def asks(key: str) -> str:
 
 def states_several(key: str, values: Sequence[str]) -> list[str]:
     """Every value in a sentence of its own, with its number."""
-    return [f"Value {number} of key {key} is {value}." for number, value in enumerate(values, start=1)]
+    return [f"Of key {key} value {number} is {value}." for number, value in enumerate(values, start=1)]
 
 
 def asks_several(key: str, n: int) -> str:
     return f"What are values 1 to {n} of key {key}?"
 
 
-def answers_several(values: Sequence[str]) -> str:
-    return ", ".join(f"{number}: {value}" for number, value in enumerate(values, start=1))
+def answers_several(key: str, values: Sequence[str]) -> str:
+    return ", ".join(f"{key} value {number} is {value}" for number, value in enumerate(values, start=1))
 
 
 def asks_keys(keys: Sequence[str]) -> str:
