@@ -56,7 +56,9 @@ def test_the_grid_takes_every_depth_in_turn() -> None:
 
 def test_keys_values_and_distractors_are_as_many_as_defined() -> None:
     def keys(name: str, n: int = 1) -> Counter[str]:
-        return Counter(re.findall(r"key (\S+) (?:value \d )?is", generate(name, tokens=1024, index=0, n_questions=n).text))
+        return Counter(
+            re.findall(r"key (\S+) (?:value \d )?is", generate(name, tokens=1024, index=0, n_questions=n).text)
+        )
 
     assert len(keys("niah_single_2")) == 1
     assert len(keys("niah_multikey_1")) == SEVERAL
