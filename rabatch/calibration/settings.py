@@ -52,6 +52,10 @@ class CalibrationSettings:
                 raise ConfigError(field.name, value, f"must be a whole number >= {low}")
             if field.type == "float" and (isinstance(value, bool) or not 0 < value < float("inf")):
                 raise ConfigError(field.name, value, "must be a number above 0")
+        static = self.sink_tokens + self.recent_tokens
+        if self.min_tokens <= static:
+            fix = f"must be above sink_tokens + recent_tokens = {static}, or streaming heads see all of a sample"
+            raise ConfigError("min_tokens", self.min_tokens, fix)
         if self.max_tokens < self.min_tokens:
             raise ConfigError("max_tokens", self.max_tokens, f"must be at least min_tokens = {self.min_tokens}")
 

@@ -219,13 +219,14 @@ def _layers_made_again(decoder: Any, session: GatedAttention) -> Iterator[None]:
         with attending(session):
             return forward(*args, **kwargs)
 
-    for layer in decoder.layers:
+    layers = next(part for part in decoder.children() if isinstance(part, nn.ModuleList))
+    for layer in layers:
         layer.forward = partial(checkpoint, partial(again, layer.forward), use_reentrant=False)
     try:
         with attending(session):
             yield
     finally:
-        for layer in decoder.layers:
+        for layer in layers:
             del layer.forward
 
 

@@ -230,6 +230,7 @@ def test_the_rate_rises_and_falls() -> None:
         ({"seed": -1}, "seed"),
         ({"learning_rate": 0}, "learning_rate"),
         ({"regularization": math.nan}, "regularization"),
+        ({"min_tokens": 384}, "above sink_tokens"),
         ({"max_tokens": 100}, "at least min_tokens = 1024"),
         ({"max_tokens": 9000}, "the model takes 8192 tokens"),
     ],
