@@ -172,11 +172,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
     _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
     _number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by")
-    _number(
-        group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
-    )
-    text = "keep how much the sampled queries attend each key; recipe h2o needs it"
-    group.add_argument("--key-mass", action="store_true", help=text)
+    _number(group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone that estimates unretrieved keys; 0: no zones")
+    group.add_argument("--key-mass", action="store_true", help="keep how much sampled queries attend each key, for h2o")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
