@@ -153,12 +153,9 @@ class QuestionAttention:
         real = torch.arange(q_tokens) < counts.cpu()[:, None]  # padding is not searched for
         real = real[:, None].expand(batch, group, q_tokens).reshape(-1)
 
-        slots = torch.arange(self._slots.start, self._slots.stop)
-
         def find() -> Found:
             rows = host[:, real].numpy()
-            of_rows = slots[:, None].expand(batch, group * q_tokens).reshape(-1)[real].numpy()
-            some = self.selection.find(Asked(call, layer, number, rows, of_rows, real))
+            some = self.selection.find(Asked(call, layer, number, rows, real, self._slots.start))
             if self.recall is not None:
                 self.recall.look(layer, rows, some.ids)
             n_keys, found = layer.shape[1], spread_out(some, real)

@@ -21,16 +21,22 @@ class Asked(NamedTuple):
     Attributes:
         group: Its number among `ContextLayer.groups`.
         rows: [n_kv, n_rows, head_dim], float32, on the CPU, without padding.
-        slots: int64 [n_rows]: the slot of each row's question.
         real: bool [all rows of the call], on the CPU: those that are no padding, and are in `rows`.
+        first_slot: Of the first question; the others follow.
     """
 
     call: AttentionCall
     layer: ContextLayer
     group: int
     rows: NDArray[np.float32]
-    slots: NDArray[np.int64]
     real: Tensor
+    first_slot: int
+
+    @property
+    def questions(self) -> NDArray[np.int64]:
+        """Number of the question that each row is of, int64 [n_rows]: they are in order."""
+        of_all = np.arange(len(self.real)) // (len(self.real) // len(self.call.query))
+        return of_all[self.real.numpy()]
 
 
 class Observed(NamedTuple):

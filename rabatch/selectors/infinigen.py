@@ -102,15 +102,16 @@ class InfinigenSelection(Selection):
     def find(self, asked: Asked) -> Found:
         layer, call = asked.layer, asked.call
         index = layer.indexes.get(self.method)
-        if index is None or not len(asked.slots):
-            return layer.found(None, len(asked.slots))
+        n_rows = asked.rows.shape[1]
+        if index is None or not n_rows:
+            return layer.found(None, n_rows)
         assert isinstance(index, InfinigenIndex)
         assert self._foreseen is not None
         number, states = self._foreseen
         assert number == call.layer
         foreseen = rows_of(states, call.key.shape[1], layer.heads).float().cpu()[:, asked.real].numpy()
         k = min(int(layer.budget.max()), index.n_keys)
-        return layer.found(index.choose(foreseen, asked.rows, k=k, scaling=call.scaling), len(asked.slots))
+        return layer.found(index.choose(foreseen, asked.rows, k=k, scaling=call.scaling), n_rows)
 
     def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer's attention: foresee its queries, and remember its input for the next."""

@@ -45,12 +45,13 @@ class SnapKvSelection(Selection):
 
     def find(self, asked: Asked) -> Found:
         index = asked.layer.indexes.get(self.method)
-        if index is None or not len(asked.slots):
-            return asked.layer.found(None, len(asked.slots))
+        n_rows = asked.rows.shape[1]
+        if index is None or not n_rows:
+            return asked.layer.found(None, n_rows)
         assert isinstance(index, ListedKeys)
-        slots, of_row = np.unique(asked.slots, return_inverse=True)
-        lists = np.stack([self._kept[slot][asked.call.layer, asked.group] for slot in slots.tolist()], axis=1)
-        return asked.layer.found(index.score(asked.rows, lists[:, of_row]), len(asked.slots))
+        slots = range(asked.first_slot, asked.first_slot + len(asked.call.query))
+        lists = np.stack([self._kept[slot][asked.call.layer, asked.group] for slot in slots], axis=1)
+        return asked.layer.found(index.score(asked.rows, lists[:, asked.questions]), n_rows)
 
     def clear(self, slot: int) -> None:
         self._kept.pop(slot, None)

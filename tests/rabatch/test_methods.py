@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from rabatch.attention.context import QuestionAttention
 from rabatch.config import METHODS, BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
 from rabatch.decode import answer_batch
@@ -77,6 +78,22 @@ def test_full_budget_equals_dense(tiny: Stored, method: Any, question_attention:
     recipe = Recipe(method=method, top_k=FULL, question_attention=question_attention, estimate=False)
     found = tail_logits(tiny.opened(recipe), TAILS, recipe, 4)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_torch_attends_as_the_compiled_kernels_do(tiny: Stored, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a card, run on the CPU."""
+    recipe = Recipe(method=method, top_k=20)
+    expected = tail_logits(tiny.opened(recipe), TAILS, recipe, 4)
+    begin = QuestionAttention.begin
+
+    def on_card(self: QuestionAttention, *args: Any, **options: Any) -> torch.Tensor:
+        self.compiled = False
+        return begin(self, *args, **options)
+
+    monkeypatch.setattr(QuestionAttention, "begin", on_card)
+    found = tail_logits(tiny.opened(recipe), TAILS, recipe, 4)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
