@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
-from rabatch.cli_heads import add_heads, heads_of
+from rabatch.cli_options import add_heads, heads_of, json_object, pool
 from rabatch.config import (
     CODECS,
     COMPARED,
@@ -144,7 +144,7 @@ def add_store(parser: argparse.ArgumentParser, *, default: str = "") -> None:
 def add_storage_options(parser: argparse.ArgumentParser) -> None:
     """`--storage-options`."""
     parser.add_argument(
-        "--storage-options", type=_json_object, metavar="JSON", help='for fsspec, e.g. \'{"endpoint_url": "..."}\''
+        "--storage-options", type=json_object, metavar="JSON", help='for fsspec, e.g. \'{"endpoint_url": "..."}\''
     )
 
 
@@ -262,9 +262,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("resources")
     group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
-    for pool in pools:
+    for name in pools:
         text = "actors, or between MIN and MAX; 0: as many as there is room for (0)"
-        group.add_argument(pool, type=_pool, default=0, metavar="N|MIN-MAX", help=text)
+        group.add_argument(name, type=pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
     _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
     text = "main memory that Ray reserves for an actor that runs the model; 0: none"
@@ -273,27 +273,10 @@ def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._Ar
     return group
 
 
-def _pool(text: str) -> int | tuple[int, int]:
-    least, dash, most = text.partition("-")
-    if not least.isdecimal() or (dash and not most.isdecimal()):
-        raise argparse.ArgumentTypeError("must be a number of actors, or MIN-MAX")
-    return (int(least), int(most)) if dash else int(least)
-
-
 def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
     group.add_argument(
         name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})"
     )
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return value
 
 
 def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:

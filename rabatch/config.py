@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, get_args
 
+from rabatch.checked import Checked, WithHeads
 from rabatch.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,69 +30,8 @@ Codec = Literal["none", "int8", "int4", "kivi2"]
 CODECS: tuple[Codec, ...] = ("none", "int8", "int4", "kivi2")
 
 
-class _Checked:
-    """`to_dict`, `from_dict` that rejects unknown fields, and small range checks."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for name in values:
-            if name not in known:
-                raise ConfigError(
-                    name, values[name], f"unknown field of {cls.__name__}; known: {', '.join(sorted(known))}"
-                )
-        return cls(**values)
-
-    def _at_least(self, low: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
-                raise ConfigError(name, value, f"must be a number >= {low}")
-
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(choices)}")
-
-
-class _WithHeads(_Checked):
-    """Settings with a head pattern: `head_pattern`, `head_sparsity`, `head_threshold`."""
-
-    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float | bool]] | None
-
-    def streaming_heads(self, layer: int) -> tuple[int, ...]:
-        """Numbers of the KV heads of a layer that keep only the static set."""
-        rows = cast("Sequence[Sequence[bool]] | None", self.head_pattern)
-        return () if rows is None else tuple(head for head, kept in enumerate(rows[layer]) if not kept)
-
-    def _resolve_heads(self) -> None:
-        if self.head_pattern is None:
-            for name in ("head_sparsity", "head_threshold"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(name, getattr(self, name), "needs a head_pattern with gates")
-            return
-        from rabatch.head_pattern import pattern_of
-
-        source = os.fspath(self.head_pattern) if isinstance(self.head_pattern, os.PathLike) else self.head_pattern
-        sparsity, threshold = (getattr(self, name) for name in ("head_sparsity", "head_threshold"))
-        pattern = pattern_of(source, sparsity=sparsity, threshold=threshold)
-        for name, value in (("head_pattern", pattern), ("head_sparsity", None), ("head_threshold", None)):
-            object.__setattr__(self, name, value)
-
-    def _fields_but_heads(self) -> dict[str, Any]:
-        """`to_dict`, with a head pattern only if a head streams: without one all is as without a pattern."""
-        fields = self.to_dict()
-        rows = cast("Sequence[Sequence[bool]] | None", fields.pop("head_pattern"))
-        del fields["head_sparsity"], fields["head_threshold"]
-        if rows is not None and not all(map(all, rows)):
-            fields["head_pattern"] = [list(row) for row in rows]
-        return fields
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """Which model, and how it is loaded.
 
     Args:
@@ -115,13 +54,13 @@ class ModelConfig(_Checked):
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("model", self.name, "give a model name or path, or 'demo'")
-        self._one_of("dtype", ("auto", *DTYPES))
+        self.one_of("dtype", ("auto", *DTYPES))
         if not (self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"):
             raise ConfigError("device", self.device, "must be auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphConfig(_Checked):
+class GraphConfig(Checked):
     """The attention-aware graph of one (layer, KV head).
 
     Args:
@@ -136,15 +75,15 @@ class GraphConfig(_Checked):
     entry_points: int = 16
 
     def __post_init__(self) -> None:
-        self._at_least(4, "degree")
-        self._at_least(0, "key_neighbors")
-        self._at_least(1, "entry_points")
+        self.at_least(4, "degree")
+        self.at_least(0, "key_neighbors")
+        self.at_least(1, "entry_points")
         if self.key_neighbors > self.degree - 2:
             raise ConfigError("key_neighbors", self.key_neighbors, f"must be <= degree - 2 = {self.degree - 2}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig(_WithHeads):
+class BuildConfig(WithHeads):
     """What is stored of a document: part of the fingerprint, so a change means a new index.
 
     Args:
@@ -196,13 +135,13 @@ class BuildConfig(_WithHeads):
     def __post_init__(self) -> None:
         if isinstance(self.graph, dict):
             object.__setattr__(self, "graph", GraphConfig.from_dict(self.graph))
-        self._resolve_heads()
-        self._at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
-        self._at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
-        self._one_of("index", INDEX_KINDS)
-        self._one_of("kv_dtype", ("auto", *DTYPES))
-        self._one_of("key_codec", CODECS)
-        self._one_of("value_codec", CODECS)
+        self.resolve_heads()
+        self.at_least(0, "sink_tokens", "sample_vectors", "zone_tokens")
+        self.at_least(1, "window_tokens", "query_top_k", "prefill_chunk_tokens")
+        self.one_of("index", INDEX_KINDS)
+        self.one_of("kv_dtype", ("auto", *DTYPES))
+        self.one_of("key_codec", CODECS)
+        self.one_of("value_codec", CODECS)
         if self.key_mass and self.index == "none":
             raise ConfigError("key_mass", self.key_mass, "is of the queries sampled for an index; build with an index")
         if not 0 < self.query_share <= 1:
@@ -214,7 +153,7 @@ class BuildConfig(_WithHeads):
 
     def stored_fields(self) -> dict[str, Any]:
         """The fields that change stored numbers."""
-        fields = self._fields_but_heads()
+        fields = self.fields_but_heads()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
         for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
             if fields[name] == "none":
@@ -230,7 +169,7 @@ class BuildConfig(_WithHeads):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_WithHeads):
+class Recipe(WithHeads):
     """How a question attends a stored context.
 
     Args:
@@ -277,15 +216,15 @@ class Recipe(_WithHeads):
     dense_layers: int | None = None
 
     def __post_init__(self) -> None:
-        self._resolve_heads()
-        self._one_of("method", METHODS)
+        self.resolve_heads()
+        self.one_of("method", METHODS)
         if self.dense_layers is not None:
-            self._at_least(1 if self.method == "infinigen" else 0, "dense_layers")
-        self._at_least(1, "top_k")
-        self._at_least(0, "search_list")
-        self._at_least(1, "tail_tokens")
-        self._one_of("budget", ("auto", "fixed", "mass", "profile", "pyramid"))
-        self._one_of("question_attention", ("exact", "index", "auto"))
+            self.at_least(1 if self.method == "infinigen" else 0, "dense_layers")
+        self.at_least(1, "top_k")
+        self.at_least(0, "search_list")
+        self.at_least(1, "tail_tokens")
+        self.one_of("budget", ("auto", "fixed", "mass", "profile", "pyramid"))
+        self.one_of("question_attention", ("exact", "index", "auto"))
         if isinstance(self.mass, bool) or not isinstance(self.mass, int | float) or not 0 < self.mass <= 1:
             raise ConfigError("mass", self.mass, "must be in (0, 1]")
         if self.estimate not in (None, True, False):
@@ -293,7 +232,7 @@ class Recipe(_WithHeads):
 
     def deciding_fields(self) -> dict[str, Any]:
         """The fields that change answers."""
-        return self._fields_but_heads()
+        return self.fields_but_heads()
 
     def to_dict(self) -> dict[str, Any]:
         """`dense_layers` only if it is given: answers are known by this, those of before it too."""
@@ -334,7 +273,7 @@ class Recipe(_WithHeads):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings(_Checked):
+class GenerationSettings(Checked):
     """Overrides of the model's own `GenerationConfig`; names and meaning are transformers'.
 
     `seed` makes sampling repeatable: each question draws from its own stream, seeded by (seed, question id).
@@ -351,7 +290,7 @@ class GenerationSettings(_Checked):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
-        self._at_least(1, "max_new_tokens")
+        self.at_least(1, "max_new_tokens")
         if any(not isinstance(s, str) or not s for s in self.stop_strings):
             raise ConfigError("stop_strings", self.stop_strings, "must be non-empty strings")
         for name, low, high in (("temperature", 0.0, float("inf")), ("top_p", 0.0, 1.0)):
@@ -361,7 +300,7 @@ class GenerationSettings(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resources(_Checked):
+class Resources(Checked):
     """What the jobs take of the cluster.
 
     Args:
@@ -395,7 +334,7 @@ class Resources(_Checked):
     recall_share: float = 0.0
 
     def __post_init__(self) -> None:
-        self._at_least(0, "recall_share")
+        self.at_least(0, "recall_share")
         if self.recall_share > 1:
             raise ConfigError("recall_share", self.recall_share, "must be in [0, 1]")
         for name in ("prefill_actors", "graph_actors", "answer_actors"):
@@ -408,9 +347,9 @@ class Resources(_Checked):
             raise ConfigError("cache_bytes", self.cache_bytes, "must be a whole number of bytes, or 0 for no cache")
         if self.cache_dir is not None and (not self.cache_dir or "://" in self.cache_dir or "\0" in self.cache_dir):
             raise ConfigError("cache_dir", self.cache_dir, "must be a folder of each machine, not a URL")
-        self._at_least(1, "cpus_per_actor", "questions_per_batch")
+        self.at_least(1, "cpus_per_actor", "questions_per_batch")
         if self.gpus_per_actor is not None:
-            self._at_least(0, "gpus_per_actor")
+            self.at_least(0, "gpus_per_actor")
 
 
 def _pool(name: str, size: Any) -> int | tuple[int, int]:

@@ -19,7 +19,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"rabatch": "rabatch", "index": "rabatch.index", "storage": "rabatch.storage", "jobs": "rabatch.jobs"}
-BASE = ("rabatch.compiling", "rabatch.config", "rabatch.errors", "rabatch.head_pattern", "rabatch.records")
+BASE = (
+    "rabatch.checked",
+    "rabatch.compiling",
+    "rabatch.config",
+    "rabatch.errors",
+    "rabatch.head_pattern",
+    "rabatch.records",
+)
 MAX_LINES = 400
 
 # Modules of the engine that may import `rabatch.jobs`, and why.

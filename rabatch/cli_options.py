@@ -1,8 +1,9 @@
-"""The options of `rabatch build` and `rabatch answer` that say which KV heads stream."""
+"""Parts of the options: which KV heads stream, and types of values."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 
@@ -19,3 +20,22 @@ def heads_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `BuildConfig` and `Recipe` that they stand for."""
     names = {"head_pattern": "head_pattern", "head_sparsity": "sparsity", "head_threshold": "threshold"}
     return {field: getattr(arguments, name) for field, name in names.items()}
+
+
+def pool(text: str) -> int | tuple[int, int]:
+    """A number of actors, or the bounds of one."""
+    least, dash, most = text.partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise argparse.ArgumentTypeError("must be a number of actors, or MIN-MAX")
+    return (int(least), int(most)) if dash else int(least)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A mapping, from JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
