@@ -62,7 +62,8 @@ def answer(
 
     Args:
         questions: A path or fsspec URL (.jsonl, .parquet), a `ray.data.Dataset`, a `pyarrow.Table` or a list of dicts,
-            with `question`, and optionally `question_id`, `document_id` and `expected`.
+            with `question`, and optionally `question_id`, `document_id`, `expected`, `answer_prefix` (how the answer
+            begins; the prompt ends with it) and `max_new_tokens` (longest answer to this question).
         store: Path or fsspec URL of the index store.
         model: Settings, or a hub name or path; must be the one the store was built with.
         recipe: How the context is attended, or the name of a method.
