@@ -42,8 +42,11 @@ def add_commands(add: Add) -> None:
     text = "bring the catalog up to date, which makes lists of large stores fast"
     compact = add("compact", _compact, text, "--store index")
     cli_arguments.add_store(compact)
-    gc = add("gc", _gc, "remove parts that no index uses", "--store index --dry-run")
-    cli_arguments.add_store(gc)
+    gc = add("gc", _gc, "remove parts that no index and no answer uses", "--store index --dry-run")
+    which = gc.add_mutually_exclusive_group(required=True)
+    which.add_argument("--store", metavar="URL", help="index store, a path or fsspec URL")
+    which.add_argument("--answers", metavar="URL", help="answers store: what runs have left that did not commit")
+    cli_arguments.add_storage_options(gc)
     text = "keep what was written, or withdrawn, in the last H hours (24)"
     gc.add_argument("--grace-hours", type=float, default=24.0, metavar="H", help=text)
     text = "also withdraw indexes that a newer one of the same document and model has taken the place of"
@@ -145,20 +148,30 @@ def _compact(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
+    from rabatch.storage.answers import AnswerStore
+    from rabatch.storage.answers_garbage import collect_answers
     from rabatch.storage.garbage import collect
     from rabatch.storage.superseded import Withdrawal, withdraw_superseded
 
+    if arguments.answers and arguments.superseded:
+        raise ConfigError("--superseded", arguments.answers, "is of an index store; leave it out with --answers")
     grace_s = 3600 * arguments.grace_hours
     if not 0 <= grace_s < float("inf"):
         raise ConfigError("--grace-hours", arguments.grace_hours, "must be a number of hours, 0 or more")
-    store, dry_run = _open(arguments), arguments.dry_run
-    withdrawal = withdraw_superseded(store, dry_run=dry_run) if arguments.superseded else Withdrawal()
-    found = collect(store, grace_s=grace_s, dry_run=dry_run)
+    dry_run, withdrawal = arguments.dry_run, Withdrawal()
+    if arguments.answers:
+        answers = AnswerStore(arguments.answers, storage_options=arguments.storage_options)
+        found = collect_answers(answers, grace_s=grace_s, dry_run=dry_run)
+    else:
+        store = _open(arguments)
+        if arguments.superseded:
+            withdrawal = withdraw_superseded(store, dry_run=dry_run)
+        found = collect(store, grace_s=grace_s, dry_run=dry_run)
     problems = list(dict.fromkeys([*withdrawal.problems, *found.problems]))
     if arguments.json:
         print_json(
             {
-                **{"store": arguments.store, "dry_run": dry_run, "withdrawn": withdrawal.paths},
+                **{"store": arguments.store or arguments.answers, "dry_run": dry_run, "withdrawn": withdrawal.paths},
                 "attempts": [{"path": a.path, "files": a.files, "bytes": a.bytes} for a in found.attempts],
                 **{"others": found.others, "bytes": found.bytes, "waiting": found.waiting},
                 **{"unknown": found.unknown, "problems": problems},
@@ -172,7 +185,8 @@ def _gc(arguments: argparse.Namespace) -> int:
     lines += _first(f"damaged, nothing of it was removed: {line}" for line in problems)
     if arguments.superseded:
         lines.append(f"{withdrew} {len(withdrawal.paths)} superseded indexes; their parts go after the grace period")
-    counts = f"{len(found.attempts)} attempts, {found.bytes:,} bytes, and {len(found.others)} old records"
+    others = "answers left by killed runs" if arguments.answers else "old records"
+    counts = f"{len(found.attempts)} attempts, {found.bytes:,} bytes, and {len(found.others)} {others}"
     lines.append(f"{removed} {counts}; {found.waiting} attempts are within the grace period")
     write_out("\n".join(lines))
     return 1 if problems else 0

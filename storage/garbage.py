@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
 from rabatch.storage.catalog import CATALOG, SEGMENT_PATH, entries, generation_path, generations, read_generation
+from rabatch.storage.filesystem import Folder
 from rabatch.storage.listing import Listed, in_order
 from rabatch.storage.store import WITHDRAWN, IndexStore
 from rabatch.storage.summaries import attempts_of
@@ -45,7 +46,8 @@ class Collection:
 
     Attributes:
         attempts: Folders of parts.
-        others: Paths of old catalogs and of records of withdrawn manifests.
+        others: Paths of old catalogs and of records of withdrawn manifests; of an answers store, of finished answers
+            that no run has taken over.
         waiting: Attempts without a manifest that are within the grace period.
         unknown: Files below ``parts/`` that are not where rabatch puts parts. They are left alone.
         problems: Manifests that could not be read, as ``path: reason``. Nothing of their documents was removed.
@@ -79,7 +81,7 @@ def collect(
     if grace_s < 0:
         raise StoreError("grace_s", grace_s, "must not be negative")
     if now_s is None:
-        now_s = time.time() if dry_run else _store_time(store)
+        now_s = time.time() if dry_run else store_time(store.folder)
     cutoff_s, found = now_s - grace_s, Collection()
     candidates = list(_candidates(store, cutoff_s, found))  # all are known before one is removed
     calls = (functools.partial(_remove, store, group, cutoff_s, dry_run) for group in candidates)
@@ -94,14 +96,14 @@ def collect(
     return found
 
 
-def _store_time(store: IndexStore) -> float:
+def store_time(folder: Folder) -> float:
     """Now, by the clock that dates the store's files: another machine's may be hours off."""
     name = f"rabatch-clock-{secrets.token_hex(8)}"
-    store.folder.write(name, b"")
+    folder.write(name, b"")
     try:
-        (file,) = store.folder.files("", name)
+        (file,) = folder.files("", name)
     finally:
-        store.folder.delete(name)
+        folder.delete(name)
     return file.changed_s if file.changed_s != float("inf") else time.time()
 
 
@@ -121,7 +123,7 @@ def _candidates(store: IndexStore, cutoff_s: float, found: Collection) -> Iterat
             found.unknown += [file.path for file in files]
             continue
         listed = references.of(owner)
-        loose = [attempt for attempt in _attempts(files) if attempt.path not in listed]
+        loose = [attempt for attempt in attempts_in(files) if attempt.path not in listed]
         old = [attempt for attempt in loose if attempt.changed_s <= cutoff_s]
         found.waiting += len(loose) - len(old)
         if old:
@@ -138,7 +140,8 @@ def _owner(file: Listed) -> str:
     return match[1] if match else ""
 
 
-def _attempts(files: Iterator[Listed]) -> Iterator[Attempt]:
+def attempts_in(files: Iterator[Listed]) -> Iterator[Attempt]:
+    """The folders that files lie in; those of one folder must follow each other."""
     for path, group in itertools.groupby(files, key=lambda file: file.path.rsplit("/", 1)[0]):
         some = list(group)
         yield Attempt(path, len(some), sum(f.bytes for f in some), max(f.changed_s for f in some))

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from rabatch.cli import main
+from rabatch.records import STORED_ANSWERS
+from rabatch.storage.answers import AnswerStore
 from rabatch.storage.manifest import Geometry, Manifest, Part, document_key, fingerprint_of
 from rabatch.storage.store import IndexStore
 
@@ -247,3 +250,16 @@ def test_a_damaged_catalog_is_said_on_stderr(cli: Cli, store: IndexStore, caplog
     code, out, _ = cli("inspect", "--store", store.url, "--json")
     assert (code, len(documents(out))) == (0, 5)
     assert ["`rabatch compact`" in message for message in caplog.messages] == [True]
+
+
+def test_gc_of_an_answers_store(tmp_path, capsys):
+    store = AnswerStore(tmp_path, create=True)
+    store.put_pending("batch", pa.Table.from_pylist([], STORED_ANSWERS))
+    assert main(["gc", "--answers", str(tmp_path), "--grace-hours", "0", "--dry-run"]) == 0
+    assert "would remove 0 attempts" in capsys.readouterr().out
+    assert store.pending() == ["batch"]
+    assert main(["gc", "--answers", str(tmp_path), "--grace-hours", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["others"] == ["pending/batch.parquet"]
+    assert store.pending() == []
+    assert main(["gc", "--answers", str(tmp_path), "--superseded"]) == 2
+    assert "--superseded" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from rabatch.errors import FormatVersionError, IntegrityError, StoreError
 from rabatch.records import ANSWERS, EXPORTED_ANSWERS, STORED_ANSWERS
 from rabatch.storage.answers import AnswerKeys, AnswerStore, Run, encode, exported
+from rabatch.storage.answers_garbage import collect_answers
 from rabatch.storage.manifest import utc_now
 from rabatch.storage.store import IndexStore
 
@@ -161,3 +163,41 @@ def test_keys_are_stable():
     own = [{"answer_prefix": " It is"}, {"max_new_tokens": 8}, {"answer_prefix": " It is", "max_new_tokens": 8}]
     assert len({key, *(keys.answer("q", "Who?", **about, **some) for some in own)}) == 4
     assert keys.answer("q", "Who?", **about, answer_prefix=None, max_new_tokens=None) == key
+
+
+def test_garbage_is_what_no_run_lists_and_older_than_the_grace_period(tmp_path):
+    store = AnswerStore(tmp_path, create=True)
+    commit(store, rows("q1/d1"), rows("q2/d1"))
+    lost = store.put(rows("q3/d1"), attempt=store.new_attempt(), number=0)  # its run was killed before its manifest
+    store.put_pending("batch", rows("q4/d1"))
+    (tmp_path / "parts" / "notes.txt").write_text("mine")
+    kept = answers(store)
+
+    young = collect_answers(store, grace_s=3600)
+    assert (young.attempts, young.others, young.waiting) == ([], [], 1)
+    later = time.time() + 7200
+    dry = collect_answers(store, grace_s=3600, now_s=later, dry_run=True)
+    assert [one.path for one in dry.attempts] == [lost.path.rsplit("/", 1)[0]]
+    assert dry.others == ["pending/batch.parquet"]
+    assert store.pending() == ["batch"]
+    found = collect_answers(store, grace_s=3600, now_s=later)
+    assert found == dry
+    assert found.bytes == lost.bytes
+    assert found.unknown == ["parts/notes.txt"]
+    assert (tmp_path / "parts" / "notes.txt").exists()
+    assert not (tmp_path / lost.path).parent.exists()
+    assert store.pending() == []
+    assert answers(store) == kept
+    assert not collect_answers(store, grace_s=0, now_s=later).attempts
+
+
+def test_no_garbage_is_collected_beside_a_damaged_run(tmp_path):
+    store = AnswerStore(tmp_path, create=True)
+    run, _ = commit(store, rows("q1/d1"))
+    lost = store.put(rows("q3/d1"), attempt=store.new_attempt(), number=0)
+    (tmp_path / run.path).write_text("{}")
+    with pytest.raises(IntegrityError, match="runs/"):
+        collect_answers(store, now_s=time.time() + 1e6)
+    assert (tmp_path / lost.path).exists()
+    with pytest.raises(StoreError, match="grace_s"):
+        collect_answers(store, grace_s=-1)

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from demo_training.task_sequences import task_sequence
 from rabatch.demo.corpus import ANSWER_TEMPLATE, KINDS, QUESTION_TEMPLATE, compose_document
 
 ANSWER_WEIGHT = 1.0
@@ -36,6 +37,7 @@ class QuestionMix:
         fact_share: range (low, high) of the share of document tokens that state facts.
         max_position: RoPE positions reach up to this by jumps inside a sequence.
         language_share, language_weight: share of the other positions that count in the loss, and their weight.
+        task_share: share of the sequences that are of the evaluation's tasks.
     """
 
     kind_weights: tuple[float, ...] = (0.25, 0.15, 0.35, 0.25)
@@ -44,6 +46,7 @@ class QuestionMix:
     max_position: int = 16384
     language_share: float = 0.04
     language_weight: float = 0.1
+    task_share: float = 0.0
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -107,7 +110,10 @@ def question_batch(rng: Random, tokenizer: Tokenizer, *, batch: int, length: int
     weights = torch.zeros(batch, length)
     positions = torch.empty(batch, length, dtype=torch.long)
     for row in range(batch):
-        ids, is_answer, document_end = question_sequence(rng, tokenizer, length, mix)
+        if rng.random() < mix.task_share:
+            ids, is_answer, document_end = task_sequence(rng, tokenizer, length)
+        else:
+            ids, is_answer, document_end = question_sequence(rng, tokenizer, length, mix)
         n = len(ids)
         token_ids[row, :n] = torch.tensor(ids)
         language = torch.rand(n - 1, generator=generator) < mix.language_share
