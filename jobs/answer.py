@@ -141,7 +141,8 @@ def answer(
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
                     seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
-                    observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
+                    of = {"document_id": batch.stored.document_id, "fingerprint": batch.stored.fingerprint}
+                    observer.answered(seen, **of, recall=recall)
             lost = job.open_pairs()
             batches = []
             if lost and cluster.lost_machine_since(dead):  # what it has taken with it is asked again
