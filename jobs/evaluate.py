@@ -20,9 +20,10 @@ from typing import Any
 import fsspec
 
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe, Resources
-from rabatch.errors import ConfigError, SourceError
+from rabatch.errors import SourceError
 from rabatch.evaluation.files import csv_rows, file_contexts
 from rabatch.evaluation.metrics import Cell, Key, cells_of, over_tasks
+from rabatch.evaluation.page import page
 from rabatch.evaluation.predictions import PREDICTIONS, prediction, refused
 from rabatch.evaluation.questions import Asked, Question, task_contexts
 from rabatch.evaluation.recipes import Recipes, build_for, named_recipes
@@ -142,8 +143,8 @@ def evaluate(
         lengths: Of the tasks' contexts, in tokens of the model.
         recipes: As of `rabatch.evaluation.recipes.named_recipes`.
         heads: What ``duo+`` stands for, likewise.
-        data: Questions of one's own: a path or URL (.csv, .jsonl, .parquet), or as of `rabatch.answer`, with the columns
-            of `rabatch.evaluation.files`.
+        data: Questions of one's own: a path or URL (.csv, .jsonl, .parquet), or as of `rabatch.answer`, with the
+            columns of `rabatch.evaluation.files`.
         samples: Questions of each task and length.
         questions_per_context: Of one context, where its task has as many.
         seed: Of the contexts.
@@ -382,6 +383,7 @@ def _write(folder: Folder, result: EvaluationResult) -> None:
             export.add(result.predictions)
     folder.write("metrics.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     folder.write("report.md", markdown(result.cells, result.means, result.settings).encode())
+    folder.write("report.html", page(result.cells, result.means, result.predictions, result.settings))
 
 
 def _say(text: str, progress: bool) -> None:

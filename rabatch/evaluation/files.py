@@ -124,7 +124,8 @@ def csv_rows(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, A
             try:
                 cells = next(reader, None)
             except csv.Error as problem:
-                yield f"{name}:{number + 1}", None, f"is no CSV from line {reader.line_num} on ({problem}); mend it there"
+                fix = f"is no CSV from line {reader.line_num} on ({problem}); mend it there"
+                yield f"{name}:{number + 1}", None, fix
                 return
             if cells is None:
                 return

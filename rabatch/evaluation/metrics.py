@@ -146,7 +146,7 @@ def _over(length: int, recipe: str, cells: Sequence[Cell]) -> Cell:
 
 
 def over_depths(predictions: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[int, int], tuple[float, int]]]:
-    """By recipe, at (depth in tenths, length) the mean score of questions that need one sentence, and how many they are.
+    """By recipe, at (depth in tenths, length) the mean score of questions that need one sentence, and their number.
 
     Of task ``niah_depth`` where it was asked, else of all tasks.
     """

@@ -17,8 +17,8 @@ _ESTIMATING = ("flat", "graph", "scan", "auto")
 
 
 def needed_bytes(recipe: Recipe, contexts: Iterable[int], geometry: Geometry, build: BuildConfig) -> int:
-    """Of contexts of so many tokens, by the arithmetic of `rabatch.sizes`: keys, values and tokens, and the links, codes
-    or zones that the recipe's method uses; of heads that stream in it, the static set only.
+    """Of contexts of so many tokens, by the arithmetic of `rabatch.sizes`: keys, values and tokens, and the links,
+    codes or zones that the recipe's method uses; of heads that stream in it, the static set only.
 
     Args:
         geometry: Of any of the indexes.
@@ -33,8 +33,8 @@ def built_bytes(contexts: Iterable[int], geometry: Geometry, build: BuildConfig)
 
 
 def _needed(recipe: Recipe, n_tokens: int, geometry: Geometry, build: BuildConfig) -> int:
-    method = recipe.method
-    patterns: list[Any] = [pattern for pattern in (build.head_pattern, getattr(recipe, "head_pattern", None)) if pattern]
+    method: str = recipe.method
+    patterns: list[Any] = [p for p in (build.head_pattern, getattr(recipe, "head_pattern", None)) if p]
     if method == "streaming":
         patterns.append([[False] * geometry.n_kv_heads] * geometry.n_layers)
     if patterns:

@@ -85,7 +85,8 @@ def failures_of(cells: Sequence[Cell]) -> list[tuple[str, str, int]]:
 def markdown(cells: Sequence[Cell], means: Sequence[Cell], settings: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     model = settings.get("model", {}).get("name", "")
-    lines = ["# Evaluation", "", f"Model `{model}`. Scores in per cent, with the bounds of their 95 % confidence interval."]
+    about = f"Model `{model}`. Scores in per cent, with the bounds of their 95 % confidence interval."
+    lines = ["# Evaluation", "", about]
     for length in lengths_of(cells):
         head, rows = score_rows(cells, means, length)
         lines += ["", f"## Contexts of {length_name(length)} tokens" if length else "## Contexts of a file"]
