@@ -160,18 +160,20 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the input")
     parser.add_argument("--report", metavar="FILE", help="write a row per document to this .parquet or .jsonl file")
-    _add_model(parser)
+    add_model(parser)
     group = parser.add_argument_group("what is stored (part of the fingerprint)")
     group.add_argument("--index", choices=INDEX_KINDS, default=_BUILD.index, help="none: keys and values only")
-    _number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
-    _number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
-    _number(group, "--graph-degree", _GRAPH.degree, "links per key")
-    _number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
-    _number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
-    _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
-    _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
-    _number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by")
-    _number(
+    add_number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
+    add_number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
+    add_number(group, "--graph-degree", _GRAPH.degree, "links per key")
+    add_number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
+    add_number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
+    add_number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
+    add_number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
+    add_number(
+        group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by"
+    )
+    add_number(
         group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
@@ -183,8 +185,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     kept = group.add_mutually_exclusive_group()
     kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
     kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
-    group = _add_resources(parser, "--prefill-actors", "--graph-actors")
-    _number(
+    group = add_resources(parser, "--prefill-actors", "--graph-actors")
+    add_number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
     )
     add_observing(parser)
@@ -199,25 +201,27 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="URL", default="answers", help="answers store; also answers.parquet and .jsonl (answers)"
     )
     parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
-    _add_model(parser)
+    add_model(parser)
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=f"how to attend ({_RECIPE.method})")
-    _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
-    _number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
+    add_number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
+    add_number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
     group.add_argument(
         "--budget",
         choices=("auto", "fixed", "mass", "profile", "pyramid"),
         default=_RECIPE.budget,
         help=f"how many of the top-k each head retrieves ({_RECIPE.budget})",
     )
-    _number(group, "--mass", _RECIPE.mass, "share of the softmax mass that budgets mass and profile keep", kind=float)
+    add_number(
+        group, "--mass", _RECIPE.mass, "share of the softmax mass that budgets mass and profile keep", kind=float
+    )
     group.add_argument(
         "--estimate",
         action=argparse.BooleanOptionalAction,
         default=_RECIPE.estimate,
         help="estimate keys that are not retrieved by the index's zones (where it has zones)",
     )
-    _number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
+    add_number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
     group.add_argument(
         "--question-attention",
         choices=("exact", "index", "auto"),
@@ -225,27 +229,30 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         help=f"how question tokens attend ({_RECIPE.question_attention})",
     )
     group = parser.add_argument_group("generation (default: the model's own settings)")
-    _number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
+    add_number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     group.add_argument("--temperature", type=float, help="sample with this temperature")
     group.add_argument("--top-p", type=float, help="sample from this share of the probability")
     group.add_argument("--sampling-top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
-    _number(group, "--seed", _GENERATION.seed, "of sampling")
-    group = _add_resources(parser, "--answer-actors")
-    _number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
-    _number(group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free")
+    add_number(group, "--seed", _GENERATION.seed, "of sampling")
+    group = add_resources(parser, "--answer-actors")
+    add_number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
+    add_number(
+        group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free"
+    )
     group.add_argument("--cache-dir", metavar="DIR", help="keeps parts of a remote store (~/.cache/rabatch/parts)")
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
     text = "share of the searches whose recall is measured for reports and metrics"
-    _number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
+    add_number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
     add_observing(parser)
     add_common(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model, and how it is loaded."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=_MODEL.name, help="hub name or path; demo: the one in the package (demo)")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -257,16 +264,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
+def add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
+    """The options of what a job takes of the cluster; their group."""
     group = parser.add_argument_group("resources")
     group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
     for pool in pools:
         text = "actors, or between MIN and MAX; 0: as many as there is room for (0)"
         group.add_argument(pool, type=_pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
-    _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
+    add_number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
     text = "main memory that Ray reserves for an actor that runs the model; 0: none"
-    _number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
+    add_number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
     group.add_argument("--max-failed-rows", type=int, metavar="N", help="stop when more rows fail (no limit)")
     return group
 
@@ -278,7 +286,7 @@ def _pool(text: str) -> int | tuple[int, int]:
     return (int(least), int(most)) if dash else int(least)
 
 
-def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
+def add_number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
     group.add_argument(
         name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})"
     )
@@ -324,8 +332,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "config": config,
         "limit": arguments.limit,
         "report": arguments.report,
-        "resources": _resources(arguments, "prefill_actors", "graph_actors"),
-        **_shared_settings(arguments),
+        "resources": resources_of(arguments, "prefill_actors", "graph_actors"),
+        **shared_settings(arguments),
     }
 
 
@@ -357,7 +365,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "generation": generation,
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
-        "resources": _resources(
+        "resources": resources_of(
             arguments,
             "answer_actors",
             "questions_per_batch",
@@ -366,11 +374,11 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "cache_bytes",
             "recall_share",
         ),
-        **_shared_settings(arguments),
+        **shared_settings(arguments),
     }
 
 
-def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     model = ModelConfig(
         name=arguments.model,
         revision=arguments.revision,
@@ -388,7 +396,7 @@ def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _resources(arguments: argparse.Namespace, *names: str) -> Resources:
+def resources_of(arguments: argparse.Namespace, *names: str) -> Resources:
     values = {name: getattr(arguments, name) for name in names}
     values |= {name: getattr(arguments, name) for name in ("gpus_per_actor", "cpus_per_actor", "actor_memory_bytes")}
     return Resources(**values)
