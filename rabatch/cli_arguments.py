@@ -30,6 +30,7 @@ from rabatch.errors import ConfigError, RabatchError
 EXIT_FAILED_ROWS = 1
 EXIT_COULD_NOT_RUN = 2
 _INTERRUPTED = 130
+_ANSWERING = ("answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes", "recall_share")
 _LINES = 1024  # looked at and written together
 
 _BUILD, _GRAPH, _MODEL, _RECIPE = BuildConfig(), GraphConfig(), ModelConfig(), Recipe()
@@ -365,15 +366,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "generation": generation,
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
-        "resources": resources_of(
-            arguments,
-            "answer_actors",
-            "questions_per_batch",
-            "memory_bytes",
-            "cache_dir",
-            "cache_bytes",
-            "recall_share",
-        ),
+        "resources": resources_of(arguments, *_ANSWERING),
         **shared_settings(arguments),
     }
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli_arguments.add_number(group, "--memory-bytes", _RESOURCES.memory_bytes, text)
     text = "share of the searches whose recall is measured"
     cli_arguments.add_number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
-    parser.add_argument("--no-progress", action="store_true", help="no progress on stderr")
+    cli_arguments.add_observing(parser)
     cli_arguments.add_common(parser)
     parser.set_defaults(_defaults={name: parser.get_default(name) for name in (*_PLAIN, *_given_names())})
 
@@ -116,6 +116,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print what came out; the exit code."""
+    from rabatch.jobs.command import observer
     from rabatch.jobs.evaluate import evaluate
 
-    return cli_arguments.show(evaluate(**settings(arguments)), arguments)
+    ready = settings(arguments)
+    with observer("rabatch evaluate", arguments, arguments.storage_options) as watch:
+        result = evaluate(**ready, observer=watch)
+    return cli_arguments.show(result, arguments)

@@ -102,7 +102,7 @@ def heat(
             if (row, length) not in values:
                 continue
             score = values[row, length][0]
-            parts.append(f'<rect class="heat" {box} fill-opacity="{0.55 * score:.2f}"/>')
+            parts.append(f'<rect class="heat" {box} fill-opacity="{0.45 * score:.2f}"/>')
             if len(columns) <= _MOST_VALUES:
                 at = f'x="{x + wide / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}"'
                 parts.append(f'<text class="heat-value" {at} text-anchor="middle">{100 * score:.0f}</text>')
