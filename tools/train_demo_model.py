@@ -68,7 +68,7 @@ STAGES = (
         step_tokens=4096, warmup_steps=20, decay_share=0.8, final_rate=0.03,
     ),
     Stage(
-        "tasks", (512, 1024, 1024, 2048), 900, 1.2e-3, QuestionMix(max_position=36864, task_share=0.75),
+        "tasks", (512, 1024, 1024, 2048), 1500, 1.2e-3, QuestionMix(max_position=36864, task_share=0.75),
         step_tokens=2048, warmup_steps=20, decay_share=0.3, final_rate=0.5,
     ),
     Stage(

@@ -56,7 +56,9 @@ def test_the_grid_takes_every_depth_in_turn() -> None:
 
 def test_keys_values_and_distractors_are_as_many_as_defined() -> None:
     def keys(name: str, n: int = 1) -> Counter[str]:
-        return Counter(re.findall(r"key (\S+) is", generate(name, tokens=1024, index=0, n_questions=n).text))
+        return Counter(
+            re.findall(r"key (\S+) (?:value \d )?is", generate(name, tokens=1024, index=0, n_questions=n).text)
+        )
 
     assert len(keys("niah_single_2")) == 1
     assert len(keys("niah_multikey_1")) == SEVERAL
@@ -71,11 +73,11 @@ def test_keys_values_and_distractors_are_as_many_as_defined() -> None:
 
 def test_a_chain_can_be_followed_to_its_end() -> None:
     made = generate("vt", tokens=1024, index=0, n_questions=3)
-    copies = dict(re.findall(r"Variable (\w+) is copied to variable (\w+)\.", made.text))
+    copies = dict(re.findall(r"copied from variable (\S+) to (\S+)\.", made.text))
     for question in made.questions:
         value = re.search(r"the value (\d+),", question.question)
         assert value is not None
-        first = re.search(rf"The value {value[1]} is stored in variable (\w+)\.", made.text)
+        first = re.search(rf"The value {value[1]} was first given to variable (\S+)\.", made.text)
         assert first is not None
         chain = [first[1]]
         while chain[-1] in copies:

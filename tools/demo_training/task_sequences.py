@@ -42,9 +42,9 @@ def _json_pair(rng: Random, taken: Taken) -> Item:
 
 def _several(rng: Random, taken: Taken) -> Item:
     key = wording.another(wording.words, rng, taken)
-    n = rng.choice((2, 3, SEVERAL, SEVERAL))
+    n = rng.choice((2, 3, SEVERAL, SEVERAL, SEVERAL))
     values = wording.distinct(wording.seven_digits, rng, n, set())
-    asked = wording.asks_several(key, n), ", ".join(values)
+    asked = wording.asks_several(key, n), wording.answers_several(key, values)
     return Item(tuple(wording.states_several(key, values)), (asked,))
 
 
@@ -57,7 +57,7 @@ def _keys(rng: Random, taken: Taken) -> Item:
 
 def _chain(rng: Random, taken: Taken) -> Item:
     value = wording.another(wording.seven_digits, rng, taken)
-    variables = wording.distinct(wording.variable, rng, rng.choice((2, 3, HOPS, HOPS + 1, HOPS + 1)), taken)
+    variables = wording.distinct(wording.words, rng, rng.choice((2, 3, HOPS, HOPS + 1, HOPS + 1)), taken)
     asked = wording.asks_chain(value, len(variables)), ", ".join(variables)
     return Item(tuple(wording.states_chain(value, variables)), (asked,), in_order=rng.random() < 0.7)
 
@@ -72,7 +72,8 @@ ITEMS: dict[str, Callable[[Random, Taken], Item]] = {
     "chain": _chain,
 }
 WEIGHTS = {
-    "words_number": 0.2, "words_uuid": 0.08, "uuid_uuid": 0.16, "json": 0.06, "several": 0.2, "keys": 0.1, "chain": 0.2,
+    "words_number": 0.2, "words_uuid": 0.06, "uuid_uuid": 0.22, "json": 0.1,
+    "several": 0.2, "keys": 0.08, "chain": 0.14,
 }  # fmt: skip
 """Relative numbers of the items."""
 

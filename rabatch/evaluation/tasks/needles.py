@@ -68,8 +68,8 @@ def _multivalue(request: Request) -> Made:
     questions = []
     for number, (key, some) in enumerate(zip(keys, values, strict=True)):
         depths = tuple(placed.depths[number * SEVERAL : (number + 1) * SEVERAL])
-        asked = wording.asks_several(key, SEVERAL)
-        questions.append(TaskQuestion(asked, tuple(some), ", ".join(some), max_new_tokens=64, depths=depths))
+        asked, expected = wording.asks_several(key, SEVERAL), wording.answers_several(key, some)
+        questions.append(TaskQuestion(asked, tuple(some), expected, max_new_tokens=128, depths=depths))
     return placed.text, tuple(questions)
 
 

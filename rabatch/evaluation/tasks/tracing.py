@@ -18,7 +18,7 @@ def _chains(request: Request) -> tuple[str, tuple[TaskQuestion, ...]]:
     chains = []
     for _ in range(request.n_questions):
         value = wording.another(wording.seven_digits, rng, values)
-        variables = wording.distinct(wording.variable, rng, HOPS + 1, names)
+        variables = wording.distinct(wording.words, rng, HOPS + 1, names)
         needles += wording.states_chain(value, variables)
         depths += sorted(rng.random() for _ in variables)
         chains.append((value, variables))

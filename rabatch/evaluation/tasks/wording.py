@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
-from string import ascii_uppercase
 from uuid import UUID
 
 from rabatch.demo.grammar import ADJECTIVES, ANIMALS, COLORS, FOODS, NOUNS, TOOLS
@@ -27,11 +26,6 @@ def seven_digits(rng: Random) -> str:
 def uuid(rng: Random) -> str:
     """A random UUID (version 4), 36 characters."""
     return str(UUID(int=rng.getrandbits(128), version=4))
-
-
-def variable(rng: Random) -> str:
-    """Five capital letters."""
-    return "".join(rng.choice(ascii_uppercase) for _ in range(5))
 
 
 def distinct(make: Callable[[Random], str], rng: Random, n: int, taken: set[str]) -> list[str]:
@@ -61,11 +55,15 @@ def asks(key: str) -> str:
 
 def states_several(key: str, values: Sequence[str]) -> list[str]:
     """Every value in a sentence of its own, with its number."""
-    return [f"Value {number} of key {key} is {value}." for number, value in enumerate(values, start=1)]
+    return [f"Of key {key} value {number} is {value}." for number, value in enumerate(values, start=1)]
 
 
 def asks_several(key: str, n: int) -> str:
     return f"What are values 1 to {n} of key {key}?"
+
+
+def answers_several(key: str, values: Sequence[str]) -> str:
+    return ", ".join(f"{key} value {number} is {value}" for number, value in enumerate(values, start=1))
 
 
 def asks_keys(keys: Sequence[str]) -> str:
@@ -79,8 +77,8 @@ def answers_keys(keys: Sequence[str], values: Sequence[str]) -> str:
 
 def states_chain(value: str, variables: Sequence[str]) -> list[str]:
     """A value, and the variables that it is handed along."""
-    first = f"The value {value} is stored in variable {variables[0]}."
-    return [first, *(f"Variable {a} is copied to variable {b}." for a, b in pairwise(variables))]
+    first = f"The value {value} was first given to variable {variables[0]}."
+    return [first, *(f"It was copied from variable {a} to {b}." for a, b in pairwise(variables))]
 
 
 def asks_chain(value: str, n: int) -> str:
