@@ -188,7 +188,7 @@ def evaluate(
     clock.lap("contexts")
     observer = observer or Observer(progress=progress)
     shared: dict[str, Any] = {
-        "store": folder.url + "/index" if store is None else store,
+        "store": f"{folder.url}/index" if store is None else cluster.worker_url(store, "store"),
         "model": settings,
         "resources": resources,
         "address": address,

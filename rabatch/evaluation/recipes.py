@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from rabatch.config import BuildConfig, Recipe
-from rabatch.definition import typed
+from rabatch.definition import check_known, typed
 from rabatch.errors import ConfigError
 
 DUO = "duo+"
@@ -20,6 +20,7 @@ DUO = "duo+"
 
 Recipes: TypeAlias = str | Sequence[str | Recipe] | Mapping[str, str | Recipe | Mapping[str, Any]]
 
+_HEADS = ("head_pattern", "head_sparsity", "head_threshold")
 _NEEDS: Mapping[str, Mapping[str, Any]] = {"h2o": {"key_mass": True}}
 """By method, fields of `BuildConfig` without which an index does not serve it."""
 
@@ -69,12 +70,17 @@ def _recipe(name: str, given: Any, heads: Mapping[str, Any]) -> Recipe:
     else:
         raise ConfigError(where, given, "must be METHOD:field=value, or a mapping of the recipe's fields")
     method = fields.get("method", Recipe().method)
-    if isinstance(method, str) and method.startswith(DUO):
-        if heads.get("head_pattern") is None:
-            raise ConfigError("recipes", name, "needs to know which heads stream; give --head-pattern DIR")
-        fields["method"] = method.removeprefix(DUO)
-        fields |= {field: value for field, value in heads.items() if value is not None and field not in fields}
-    return typed(Recipe, fields, where)
+    if not (isinstance(method, str) and method.startswith(DUO)):
+        return typed(Recipe, fields, where)
+    own = {field: fields.pop(field) for field in _HEADS if field in fields}
+    if {"head_sparsity", "head_threshold"} & own.keys():  # one's own takes the place of the common one
+        heads = {"head_pattern": heads.get("head_pattern")}
+    pattern = {field: value for field, value in {**heads, **own}.items() if value is not None}
+    if "head_pattern" not in pattern:
+        raise ConfigError("recipes", name, "needs to know which heads stream; give --head-pattern DIR")
+    recipe = typed(Recipe, fields | {"method": method.removeprefix(DUO)}, where)
+    check_known(pattern, [field.name for field in dataclasses.fields(Recipe)], where)
+    return dataclasses.replace(recipe, **pattern)
 
 
 def _scalar(text: str, name: str) -> Any:
