@@ -47,6 +47,25 @@ def of_contexts(scores: Sequence[Sequence[float]]) -> Estimate | None:
     return _wilson(mean, min(effective, n), _student(n_groups - 1))
 
 
+def of_differences(differences: Sequence[Sequence[float]]) -> Estimate | None:
+    """The mean difference of two scores of the same answers.
+
+    Args:
+        differences: Of each context, those of its answers, in [-1, 1]. None: without any.
+    """
+    groups = [group for group in differences if group]
+    n, n_groups = sum(map(len, groups)), len(groups)
+    if not n:
+        return None
+    mean = math.fsum(math.fsum(group) for group in groups) / n
+    between = math.fsum((math.fsum(group) - mean * len(group)) ** 2 for group in groups)
+    if n_groups < 2 or between < 1e-18 * n * n:  # so large a share of contexts may differ, and none of these would
+        half = 1 - 0.025 ** (1 / n_groups)
+    else:
+        half = _student(n_groups - 1) * math.sqrt(n_groups / (n_groups - 1) * between) / n
+    return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half))
+
+
 def of_cells(cells: Sequence[Estimate]) -> Estimate | None:
     """The mean over cells of which each counts the same, as tasks do. Cells share no context: their distances from mean
     to bound add up as squares (MOVER, Zou and Donner 2008)."""

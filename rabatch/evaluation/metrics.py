@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rabatch.evaluation.intervals import Estimate, of_cells, of_contexts
+from rabatch.evaluation.intervals import Estimate, of_cells, of_contexts, of_differences
 from rabatch.report.statistics import kind_of
 
 Key = tuple[str, int, str]
@@ -24,6 +24,8 @@ class Cell:
         questions, contexts: How many, failed ones too.
         score: The mean of the questions' scores, in [0, 1], and the bounds of its 95 % confidence interval; None
             without any. A question that failed while it was asked counts 0, one that could not be asked does not count.
+        difference: Of the score and that of recipe `dense` (where there is none, of the first recipe), question by
+            question; None of that recipe itself.
         attended_share, mass_share: Means over the answers that have one.
         recall, recall_samples: Mean of the searches that were looked at, and how many those are.
         seconds_per_token: Seconds of all answers by their tokens.
@@ -38,6 +40,7 @@ class Cell:
     questions: int
     contexts: int
     score: Estimate | None
+    difference: Estimate | None
     attended_share: float | None
     mass_share: float | None
     recall: float | None
@@ -53,6 +56,12 @@ class Cell:
         values = asdict(self)
         score = values.pop("score") or {"mean": None, "low": None, "high": None}
         return {**values, "score": score["mean"], "low": score["low"], "high": score["high"]}
+
+
+def reference_of(recipes: Iterable[str]) -> str | None:
+    """The recipe that others are compared with."""
+    names = list(dict.fromkeys(recipes))
+    return "dense" if "dense" in names else names[0] if names else None
 
 
 def cells_of(
@@ -71,15 +80,30 @@ def cells_of(
     rows: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
     for row in predictions:
         rows[row["task"], row["length"], row["recipe"]].append(row)
-    return [_cell(key, some, stored.get(key), recall.get(key, (0, 0.0))) for key, some in rows.items()]
+    reference = reference_of(recipe for _, _, recipe in rows)
+    cells = []
+    for key, some in rows.items():
+        other = rows.get((*key[:2], reference or ""), []) if key[2] != reference else []
+        compared = {row["question_id"]: row["score"] for row in other if row["score"] is not None}
+        cells.append(_cell(key, some, compared, stored.get(key), recall.get(key, (0, 0.0))))
+    return cells
 
 
-def _cell(key: Key, rows: Sequence[Mapping[str, Any]], stored: float | None, recall: tuple[int, float]) -> Cell:
+def _cell(
+    key: Key,
+    rows: Sequence[Mapping[str, Any]],
+    compared: Mapping[str, float],
+    stored: float | None,
+    recall: tuple[int, float],
+) -> Cell:
     task, length, recipe = key
+    differences: dict[str | None, list[float]] = defaultdict(list)
     scores: dict[str | None, list[float]] = defaultdict(list)
     for row in rows:
         if row["score"] is not None:
             scores[row["document_id"]].append(row["score"])
+            if row["question_id"] in compared:
+                differences[row["document_id"]].append(row["score"] - compared[row["question_id"]])
     answered = [row for row in rows if row["status"] == "ok"]
     tokens = sum(row["answer_tokens"] for row in answered)
     return Cell(
@@ -89,6 +113,7 @@ def _cell(key: Key, rows: Sequence[Mapping[str, Any]], stored: float | None, rec
         questions=len(rows),
         contexts=len({row["document_id"] for row in rows} - {None}),
         score=of_contexts(list(scores.values())),
+        difference=of_differences(list(differences.values())),
         attended_share=_mean(answered, "attended_share"),
         mass_share=_mean(answered, "mass_share"),
         recall=recall[1] / recall[0] if recall[0] else None,
@@ -133,6 +158,7 @@ def _over(length: int, recipe: str, cells: Sequence[Cell]) -> Cell:
         questions=sum(cell.questions for cell in cells),
         contexts=sum(cell.contexts for cell in cells),
         score=of_cells([cell.score for cell in cells if cell.score is not None]),
+        difference=of_cells([cell.difference for cell in cells if cell.difference is not None]),
         attended_share=mean("attended_share"),
         mass_share=mean("mass_share"),
         recall=math.fsum((cell.recall or 0.0) * cell.recall_samples for cell in cells) / samples if samples else None,

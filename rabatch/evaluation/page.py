@@ -9,7 +9,6 @@ from typing import Any
 from rabatch.evaluation import plots
 from rabatch.evaluation.metrics import Cell, over_depths
 from rabatch.evaluation.summary import (
-    COSTS,
     cost_rows,
     failures_of,
     length_name,
@@ -57,7 +56,7 @@ def _length(number: int, length: int, cells: Sequence[Cell], means: Sequence[Cel
         f"<section><h2>{escape(title)}</h2>"
         "<h3>Scores in per cent, with the bounds of their 95 % confidence interval</h3>"
         f"{html.table(*score_rows(cells, means, length))}"
-        f"<h3>What each recipe costs, over all tasks</h3>{html.table(COSTS, cost_rows(over))}"
+        f"<h3>What each recipe costs, over all tasks</h3>{html.table(*cost_rows(over))}"
         f'<h3>Accuracy and its price</h3><div class="figures">{figures}</div></section>'
     )
 

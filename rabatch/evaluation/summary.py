@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rabatch.evaluation.intervals import Estimate
-from rabatch.evaluation.metrics import Cell
+from rabatch.evaluation.metrics import Cell, reference_of
 
 NONE = "-"
-COSTS = (
-    *("recipe", "score", "keys attended", "mass kept", "recall", "ms per token", "bytes per context token"),
+_COSTS = (
+    *("recipe", "score", "against", "attended", "mass kept", "recall", "ms per token", "bytes per token"),
     *("answers", "failed"),
 )
 
@@ -28,6 +28,13 @@ def score_text(score: Estimate | None, *, bounds: bool = True) -> str:
         return NONE
     text = f"{100 * score.mean:.1f}"
     return f"{text} ({100 * score.low:.1f}-{100 * score.high:.1f})" if bounds else text
+
+
+def difference_text(difference: Estimate | None) -> str:
+    """In points: ``-0.4 (-1.2 to +0.4)``."""
+    if difference is None:
+        return NONE
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def percent(share: float | None) -> str:
@@ -55,12 +62,15 @@ def _score(cell: Cell | None) -> str:
     return NONE if cell is None else score_text(cell.score)
 
 
-def cost_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """Rows of `COSTS`, of cells that differ by recipe."""
-    return [
+def cost_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of what recipes cost, of cells that differ by recipe."""
+    reference = reference_of(cell.recipe for cell in cells)
+    head = [f"against {reference}" if name == "against" else name for name in _COSTS]
+    return head, [
         [
             cell.recipe,
             score_text(cell.score),
+            difference_text(cell.difference),
             percent(cell.attended_share),
             percent(cell.mass_share),
             percent(cell.recall),
@@ -91,7 +101,7 @@ def markdown(cells: Sequence[Cell], means: Sequence[Cell], settings: Mapping[str
         head, rows = score_rows(cells, means, length)
         lines += ["", f"## Contexts of {length_name(length)} tokens" if length else "## Contexts of a file"]
         lines += ["", *_markdown_table(head, rows)]
-        lines += ["", *_markdown_table(COSTS, cost_rows([cell for cell in means if cell.length == length]))]
+        lines += ["", *_markdown_table(*cost_rows([cell for cell in means if cell.length == length]))]
     failures = failures_of(cells)
     if failures:
         rows = [[recipe, f"{count:,}", kind] for recipe, kind, count in failures]
@@ -112,7 +122,8 @@ def table_lines(cells: Sequence[Cell], means: Sequence[Cell]) -> list[str]:
     for length in lengths_of(cells):
         head, rows = score_rows(cells, means, length)
         lines += ["", *_aligned([[f"{length_name(length)} tokens", *head[1:]], *rows])]
-        lines += ["", *_aligned([list(COSTS), *cost_rows([cell for cell in means if cell.length == length])])]
+        head, rows = cost_rows([cell for cell in means if cell.length == length])
+        lines += ["", *_aligned([head, *rows])]
     return lines[1:]
 
 

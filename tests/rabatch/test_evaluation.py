@@ -14,7 +14,7 @@ from rabatch.errors import ConfigError
 from rabatch.evaluation import plots
 from rabatch.evaluation.definition import read
 from rabatch.evaluation.files import csv_rows, file_contexts
-from rabatch.evaluation.intervals import Estimate, _student, of_cells, of_contexts
+from rabatch.evaluation.intervals import Estimate, _student, of_cells, of_contexts, of_differences
 from rabatch.evaluation.metrics import cells_of, over_depths, over_tasks
 from rabatch.evaluation.page import page
 from rabatch.evaluation.predictions import PREDICTIONS, prediction, refused
@@ -248,6 +248,21 @@ def test_the_interval_holds_the_true_mean_however_alike_answers_of_a_context_are
     assert held / n >= 0.93
 
 
+def test_differences_are_taken_question_by_question():
+    """Contexts that are hard for both recipes do not widen the interval."""
+    rng = random.Random(0)
+    hard = [float(rng.random() < 0.5) for _ in range(20)]
+    scores = of_contexts([[score] * 5 for score in hard])
+    found = of_differences([[0.0, 0.0, 0.0, 0.0, -1.0 if place in (3, 9) else 0.0] for place in range(20)])
+    assert found.mean == pytest.approx(-0.02)
+    assert found.high - found.low < 0.2 * (scores.high - scores.low)
+    assert found.low < -0.02 < 0 < found.high
+    same = of_differences([[0.0] * 5] * 20)
+    assert (same.mean, same.high) == (0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert same.low == -same.high
+    assert of_differences([]) is None
+
+
 def test_the_mean_over_tasks_counts_each_the_same():
     wide, sure = Estimate(0.5, 0.3, 0.7), Estimate(1.0, 1.0, 1.0)
     found = of_cells([wide, sure])
@@ -335,6 +350,12 @@ def test_cells_count_what_failed_and_what_was_not_asked():
     assert first.score.mean == pytest.approx(sum(scored) / 22)
     assert (first.recall, first.recall_samples) == (0.75, 4)
     assert first.seconds_per_token == 0.125
+    assert first.difference is None
+    for cell in cells:
+        if cell.recipe == HOSTILE:
+            other = found[cell.task, cell.length, "dense"]
+            assert cell.difference.mean == pytest.approx(cell.score.mean - other.score.mean)
+            assert cell.difference.low <= cell.difference.mean <= cell.difference.high
     hostile = found["vt", 8192, HOSTILE]
     assert (hostile.questions, hostile.failed) == (22, 3)
     assert hostile.failures == {"document … is N tokens too long": 3}
