@@ -1,14 +1,20 @@
-"""What streaming heads save: stored bytes, opening, and a decode step, with half of the heads streaming and with none.
+"""What streaming heads save, with half of the heads streaming and with none: stored bytes, opening, a decode step; and
+what they cost in right answers, with learned gates and with random ones.
 
-    python benchmarks/streaming_heads.py [--quick] [--lengths 8192,32768] [--steps 8] [--threads 2] [--seed 0]
+    python benchmarks/streaming_heads.py [--quick] [--lengths 8192,32768] [--steps 8] [--threads 2]
+        [--head-pattern demo] [--questions 64] [--random 8]
 
-The demo model (4 layers of 2 KV heads of 64); which heads stream is drawn at random, so answers mean nothing. A
-document is built and stored twice. Before anything is timed, rows and index of every head are compared with those of
-the index in which none streams, to the bit, and a decode over them at full budget with a dense one. Both indexes are
+The demo model (4 layers of 2 KV heads of 64). Which heads stream is by its learned gates (`rabatch calibrate`), half of
+them. A document is built and stored twice. Before anything is timed, rows and index of every head are compared with
+those of the index in which none streams, to the bit, and a decode over them at full budget with a dense one. Both are
 opened and decode in turn, so that other work on the machine falls on both; seconds are the least of several.
 
 Bytes per token and KV head are those of all layer parts, over tokens, layers and KV heads; keys and values in bfloat16
 are 256 of them.
+
+Questions about the same document are answered with the graph: by all heads, by an index built with the learned gates,
+by the index that holds all heads with the learned gates in the recipe, and with random gates in the recipe, of several
+seeds. The second and third must give the same answers, or nothing is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +34,9 @@ from decode import store_document
 
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
+from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
+from rabatch.evaluation.scoring import exact_match
 from rabatch.executor import Executor
 from rabatch.generation import Generation
 from rabatch.loading import LoadedModel, load_model
@@ -42,6 +50,8 @@ KINDS = ("none", "half")
 OPENINGS = 3
 FEWEST_BYTES = 0.3  # with int8 keys and 2-bit values
 FASTER = 1.4
+LOST = 0.5  # points, of learned gates
+AHEAD = 20.0  # points, of learned gates before random ones
 
 
 def check_stored(store: IndexStore, half: Manifest, none: Manifest) -> None:
@@ -96,33 +106,80 @@ def step_seconds(
     return least
 
 
+def answers(
+    loaded: LoadedModel, store: IndexStore, manifest: Manifest, asked: list[dict[str, Any]], recipe: Recipe
+) -> tuple[list[str], float, float]:
+    """The answers, the percentage of them that are right, and the share of the keys attended."""
+    context = open_context(store, manifest, loaded, recipe, threads=torch.get_num_threads())
+    rows = answer_batch(context, asked, recipe, GenerationSettings(max_new_tokens=32), slots=16)
+    for row in rows:
+        if row["status"] != "ok":
+            raise AssertionError(f"question {row['question_id']} failed: {row['reason']}")
+    right = [exact_match(row["expected"], row["answer"]) for row in rows]
+    share = float(np.mean([row["attended_share"] for row in rows]))
+    return [row["answer"] for row in rows], 100 * float(np.mean(right)), share
+
+
+def quality(
+    loaded: LoadedModel,
+    store: IndexStore,
+    made: dict[str, Manifest],
+    asked: list[dict[str, Any]],
+    learned: BuildConfig,
+    n_random: int,
+) -> list[dict[str, Any]]:
+    """Right answers by how heads were chosen."""
+    shape, rows = loaded.geometry, []
+
+    def add(name: str, found: tuple[list[str], float, float]) -> list[str]:
+        rows.append({"heads": name, "exact match": round(found[1], 2), "keys attended": round(100 * found[2], 2)})
+        return found[0]
+
+    add("all", answers(loaded, store, made["none"], asked, Recipe()))
+    built = add("learned gates, at build", answers(loaded, store, made["half"], asked, Recipe()))
+    recipe = Recipe(head_pattern=learned.head_pattern)
+    if add("learned gates, at decode", answers(loaded, store, made["none"], asked, recipe)) != built:
+        raise AssertionError("a pattern of the recipe gives other answers than one of the build")
+    for seed in range(n_random):
+        gates = np.random.default_rng(seed).random((shape.n_layers, shape.n_kv_heads))
+        recipe = Recipe(head_pattern=gates, head_sparsity=0.5)
+        add(f"random gates, seed {seed}", answers(loaded, store, made["none"], asked, recipe))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2K tokens")
     parser.add_argument("--lengths", default="8192,32768")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of which heads stream")
+    parser.add_argument("--head-pattern", default="demo", help="learned gates: a folder, or demo")
+    parser.add_argument("--questions", type=int, default=64, help="about the document of each length")
+    parser.add_argument("--random", type=int, default=8, help="how many sets of random gates")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lengths = [2048] if args.quick else [int(length) for length in args.lengths.split(",")]
     loaded = load_model(ModelConfig(device="cpu", dtype="float32"))
     shape = loaded.geometry
-    gates = np.random.default_rng(args.seed).random((shape.n_layers, shape.n_kv_heads))
     plain = BuildConfig()
-    builds = {"none": plain, "half": dataclasses.replace(plain, head_pattern=gates, head_sparsity=0.5)}
+    learned = dataclasses.replace(plain, head_pattern=args.head_pattern, head_sparsity=0.5)
+    builds = {"none": plain, "half": learned}
     print(f"demo model, {machine(args.threads)}; heads that stream, by layer: ", end="")
     print(", ".join(str(list(builds["half"].streaming_heads(layer))) for layer in range(shape.n_layers)))
     sizes: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
+    right: list[dict[str, Any]] = []
     for length in lengths:
-        document, asked = generate_document(document_id="d", tokens=length, n_questions=max(QUESTIONS), seed=7)
+        n_questions = max(*QUESTIONS, min(args.questions, length // 64))
+        document, asked = generate_document(document_id="d", tokens=length, n_questions=n_questions, seed=7)
         tails = [loaded.template.encode_question(loaded.tokenizer, question["question"]) for question in asked]
         with tempfile.TemporaryDirectory() as folder:
             store = IndexStore(folder, create=True)
             made = {k: store_document(loaded, store, document["text"], args.threads, b)[0] for k, b in builds.items()}
             check_stored(store, made["half"], made["none"])
             check_logits(loaded, store, made["half"], tails[0])
+            found = quality(loaded, store, made, asked, learned, 2 if args.quick else args.random)
+            right += [{"tokens": length, **row} for row in found]
             opened = dict.fromkeys(KINDS, math.inf)
             for _ in range(OPENINGS):
                 opened = {kind: min(opened[kind], opening_s(store, made[kind], loaded)) for kind in KINDS}
@@ -144,7 +201,7 @@ def main() -> None:
                 row |= {"of bf16 keys + values": round(stored / heads / (4 * shape.head_dim), 3)}
                 row |= {f"{method} MB in memory": round(memory[method, kind] / 1e6, 1) for method in METHODS}
                 sizes.append(row | {"opening s": round(opened[kind], 3)})
-    for rows in (sizes, steps):
+    for rows in (sizes, steps, right):
         print(table(rows, list(rows[0])))
     targets = []
     for none, half in zip(sizes[::2], sizes[1::2], strict=True):
@@ -159,7 +216,17 @@ def main() -> None:
         targets.append(
             {"name": name, "value": row["times faster"], "target": FASTER} | {"holds": row["times faster"] >= FASTER}
         )
-    print(json.dumps({"benchmark": "streaming_heads", "sizes": sizes, "steps": steps, "targets": targets}))
+    for length in lengths:
+        matched = {row["heads"]: row["exact match"] for row in right if row["tokens"] == length}
+        random = float(np.mean([value for name, value in matched.items() if name.startswith("random")]))
+        lost = round(matched["all"] - matched["learned gates, at build"], 2)
+        ahead = round(matched["learned gates, at build"] - random, 2)
+        name = f"{length} tokens, points that learned gates cost"
+        targets.append({"name": name, "value": lost, "target": LOST, "holds": lost <= LOST})
+        name = f"{length} tokens, points of learned gates above random ones, on average"
+        targets.append({"name": name, "value": ahead, "target": AHEAD, "holds": ahead >= AHEAD})
+    told = {"sizes": sizes, "steps": steps, "answers": right}
+    print(json.dumps({"benchmark": "streaming_heads", **told, "targets": targets}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import ray.data
 
 from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
 from rabatch.exporting import write_windows
-from rabatch.fingerprint import model_fields
+from rabatch.fingerprint import check_heads, model_fields
 from rabatch.jobs import cluster
 from rabatch.jobs.answering import CALLS, AnswerActor, AnswerSettings
 from rabatch.jobs.asking import Asked
@@ -33,6 +33,7 @@ from rabatch.jobs.results import AnswerResult, Failures, Tally
 from rabatch.jobs.rows import question_of, read_unit
 from rabatch.jobs.settings import model_settings, resolved_model, weights_bytes
 from rabatch.jobs.sources import JSONL, PARQUET, Source, list_units
+from rabatch.models import geometry_of, read_config
 from rabatch.storage.answers import AnswerKeys, AnswerStore
 from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.store import IndexStore
@@ -96,6 +97,7 @@ def answer(
     options = dict(storage_options or {})
     settings = model_settings(model)
     model_fields(resolved_model(settings, has_cuda=False))  # a missing model is found before Ray starts
+    check_heads(recipe, geometry_of(read_config(settings)))
     index = IndexStore(cluster.worker_url(store, "store"), storage_options=options)
     answers = None  # an output that cannot be written must fail now, not after hours
     if output is not None:
@@ -104,7 +106,7 @@ def answer(
     units = list_units(questions, field="questions", storage_options=options, suffixes=JSONL + PARQUET)
     asked = [question_of(record) for unit in units.units for record in read_unit(units, unit)]
     settings = resolved_model(settings, has_cuda=connected.gpus > 0)
-    said: dict[str, Any] = {"recipe": recipe.to_dict(), "generation": generation.to_dict()}
+    said: dict[str, Any] = {"recipe": recipe.deciding_fields(), "generation": generation.to_dict()}
     keys = AnswerKeys({**said, "context_template": settings.context_template})
     said["model"] = settings.to_dict()
     observer = observer or Observer(progress=progress)

@@ -255,7 +255,7 @@ def _counter(settings: ModelConfig) -> Any:
 def _slug(name: str, recipe: Recipe) -> str:
     """A folder's name that says which recipe it is of; of another recipe by the same name it is another."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "+-.") else "_" for c in name)[:40]
-    return f"{plain}-{fingerprint_of({'name': name, 'recipe': recipe.to_dict()})[:8]}"
+    return f"{plain}-{fingerprint_of({'name': name, 'recipe': recipe.deciding_fields()})[:8]}"
 
 
 def _rows_of(data: Source, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None, str | None]]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
+from rabatch.cli_heads import add_heads, heads_of
 from rabatch.config import (
     CODECS,
     DTYPES,
@@ -181,11 +182,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
         group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
-    text = "folder with full_attention_heads.tsv: heads with a low gate keep the static set only (DuoAttention)"
-    group.add_argument("--head-pattern", metavar="PATH", help=text)
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
-    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
+    add_heads(group, "keep")
     group = add_resources(parser, "--prefill-actors", "--graph-actors")
     add_number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
@@ -229,6 +226,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         default=_RECIPE.question_attention,
         help=f"how question tokens attend ({_RECIPE.question_attention})",
     )
+    add_heads(group, "attend")
     group = parser.add_argument_group("generation (default: the model's own settings)")
     add_number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
@@ -253,7 +251,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model, and how it is loaded."""
+    """The options of `model_of`."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=_MODEL.name, help="hub name or path; demo: the one in the package (demo)")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -323,9 +321,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         kv_dtype=arguments.kv_dtype,
         key_codec=arguments.key_codec,
         value_codec=arguments.value_codec,
-        head_pattern=arguments.head_pattern,
-        head_sparsity=arguments.sparsity,
-        head_threshold=arguments.threshold,
+        **heads_of(arguments),
     )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError("limit", arguments.limit, "must be at least 1")
@@ -334,7 +330,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "limit": arguments.limit,
         "report": arguments.report,
         "resources": resources_of(arguments, "prefill_actors", "graph_actors"),
-        **shared_settings(arguments),
+        **_shared_settings(arguments),
     }
 
 
@@ -349,6 +345,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         tail_tokens=arguments.tail_tokens,
         search_list=arguments.search_list,
         question_attention=arguments.question_attention,
+        **heads_of(arguments),
     )
     sampling = (arguments.temperature, arguments.top_p, arguments.sampling_top_k)
     generation = GenerationSettings(
@@ -367,12 +364,13 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
         "resources": resources_of(arguments, *_ANSWERING),
-        **shared_settings(arguments),
+        **_shared_settings(arguments),
     }
 
 
-def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = ModelConfig(
+def model_of(arguments: argparse.Namespace) -> ModelConfig:
+    """What the options of `add_model` say."""
+    return ModelConfig(
         name=arguments.model,
         revision=arguments.revision,
         device=arguments.device,
@@ -380,10 +378,13 @@ def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         trust_remote_code=arguments.trust_remote_code,
         context_template=arguments.context_template,
     )
+
+
+def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "store": arguments.store,
         "storage_options": arguments.storage_options,
-        "model": model,
+        "model": model_of(arguments),
         "address": arguments.address,
         "max_failed_rows": arguments.max_failed_rows,
     }

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from rabatch import cli_arguments
+from rabatch.cli_heads import add_heads, heads_of
 from rabatch.config import INDEX_KINDS, BuildConfig, Resources
 from rabatch.errors import ConfigError
 
@@ -38,11 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipes")
     text = "METHOD[:field=value...] with commas between; duo+METHOD (dense,streaming,graph)"
     group.add_argument("--recipes", metavar="A,B", help=text)
-    text = "what duo+ stands for: a folder with full_attention_heads.tsv"
-    group.add_argument("--head-pattern", metavar="PATH", help=text)
-    kept = group.add_mutually_exclusive_group()
-    kept.add_argument("--sparsity", type=float, metavar="X", help="share of the heads that stream, by lowest gate")
-    kept.add_argument("--threshold", type=float, metavar="X", help="least gate of a head that does not stream")
+    add_heads(parser.add_argument_group("what duo+ stands for"), "attend")
     cli_arguments.add_model(parser)
     group = parser.add_argument_group("what is stored of a context")
     cli_arguments.add_store(parser, default="in --out")
@@ -96,19 +93,14 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         return {name: made()} if name not in defined else {}
 
     values = {**defined, **{n: given[n] for n in (*_PLAIN, "tasks", "lengths", "recipes") if n in given}}
-    values |= part("model", _MODEL_OPTIONS, lambda: cli_arguments.shared_settings(arguments)["model"])
+    values |= part("model", _MODEL_OPTIONS, lambda: cli_arguments.model_of(arguments))
     build = {name: getattr(arguments, name) for name in _BUILD_OPTIONS}
     values |= part("config", _BUILD_OPTIONS, lambda: BuildConfig(**build))
     resources = {name: getattr(arguments, name) for name in _RESOURCE_OPTIONS}
     values |= part("resources", _RESOURCE_OPTIONS, lambda: Resources(**resources))
     if "max_failed_rows" in given:
         values["max_failed_rows"] = given["max_failed_rows"]
-    heads = {
-        "head_pattern": given.get("head_pattern"),
-        "head_sparsity": given.get("sparsity"),
-        "head_threshold": given.get("threshold"),
-    }
-    heads = {name: value for name, value in heads.items() if value is not None}
+    heads = {name: value for name, value in heads_of(arguments).items() if value is not None}
     if heads and "heads" in defined:
         heads = {**{k: v for k, v in defined["heads"].items() if k == "head_pattern"}, **heads}
     return {**values, **({"heads": heads} if heads else {}), "progress": not arguments.no_progress}

@@ -50,6 +50,40 @@ class _Checked:
             raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(choices)}")
 
 
+class _WithHeads(_Checked):
+    """Settings with a head pattern: `head_pattern`, `head_sparsity`, `head_threshold`."""
+
+    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float | bool]] | None
+
+    def streaming_heads(self, layer: int) -> tuple[int, ...]:
+        """Numbers of the KV heads of a layer that keep only the static set."""
+        rows = cast("Sequence[Sequence[bool]] | None", self.head_pattern)
+        return () if rows is None else tuple(head for head, kept in enumerate(rows[layer]) if not kept)
+
+    def _resolve_heads(self) -> None:
+        if self.head_pattern is None:
+            for name in ("head_sparsity", "head_threshold"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(name, getattr(self, name), "needs a head_pattern with gates")
+            return
+        from rabatch.head_pattern import pattern_of
+
+        source = os.fspath(self.head_pattern) if isinstance(self.head_pattern, os.PathLike) else self.head_pattern
+        sparsity, threshold = (getattr(self, name) for name in ("head_sparsity", "head_threshold"))
+        pattern = pattern_of(source, sparsity=sparsity, threshold=threshold)
+        for name, value in (("head_pattern", pattern), ("head_sparsity", None), ("head_threshold", None)):
+            object.__setattr__(self, name, value)
+
+    def _fields_but_heads(self) -> dict[str, Any]:
+        """`to_dict`, with a head pattern only if a head streams: without one all is as without a pattern."""
+        fields = self.to_dict()
+        rows = cast("Sequence[Sequence[bool]] | None", fields.pop("head_pattern"))
+        del fields["head_sparsity"], fields["head_threshold"]
+        if rows is not None and not all(map(all, rows)):
+            fields["head_pattern"] = [list(row) for row in rows]
+        return fields
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Checked):
     """Which model, and how it is loaded.
@@ -103,7 +137,7 @@ class GraphConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig(_Checked):
+class BuildConfig(_WithHeads):
     """What is stored of a document: part of the fingerprint, so a change means a new index.
 
     Args:
@@ -126,8 +160,9 @@ class BuildConfig(_Checked):
             ``"int8"`` (a step per channel), ``"int4"`` and ``"kivi2"`` (4 and 2 bits in KIVI's groups of 32: keys of
             one channel, values of one token).
         head_pattern: Which KV heads keep the whole context; the others, streaming heads, keep the static set only
-            (DuoAttention). A folder with gates in the published form, or a row per layer of gates, or of true and
-            false. Read when the object is made, which then holds true and false. None: all heads do.
+            (DuoAttention). A folder with gates in the published form, ``"demo"`` for those of the demo model, or a row
+            per layer of gates, or of true and false. Read when the object is made, which then holds true and false.
+            None: all heads do.
         head_sparsity, head_threshold: What makes true and false of gates (`rabatch.head_pattern.resolve`): the share
             of the heads that stream, those with the lowest gates; or the least gate that keeps the context. None once
             they are.
@@ -145,7 +180,7 @@ class BuildConfig(_Checked):
     kv_dtype: str = "auto"
     key_codec: Codec = "none"
     value_codec: Codec = "none"
-    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float]] | None = None
+    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float | bool]] | None = None
     head_sparsity: float | None = None
     head_threshold: float | None = None
 
@@ -166,31 +201,9 @@ class BuildConfig(_Checked):
         """Whether the index has a ``"graph"`` or ``"scan"``."""
         return kind in self.index.split("+")
 
-    def streaming_heads(self, layer: int) -> tuple[int, ...]:
-        """Numbers of the KV heads of a layer that keep only the static set."""
-        rows = cast("Sequence[Sequence[bool]] | None", self.head_pattern)
-        return () if rows is None else tuple(head for head, kept in enumerate(rows[layer]) if not kept)
-
-    def _resolve_heads(self) -> None:
-        if self.head_pattern is None:
-            for name in ("head_sparsity", "head_threshold"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(name, getattr(self, name), "needs a head_pattern with gates")
-            return
-        from rabatch.head_pattern import pattern_of
-
-        source = os.fspath(self.head_pattern) if isinstance(self.head_pattern, os.PathLike) else self.head_pattern
-        pattern = pattern_of(source, sparsity=self.head_sparsity, threshold=self.head_threshold)
-        for name, value in (("head_pattern", pattern), ("head_sparsity", None), ("head_threshold", None)):
-            object.__setattr__(self, name, value)
-
     def stored_fields(self) -> dict[str, Any]:
         """The fields that change stored numbers."""
-        fields = self.to_dict()
-        rows = cast("Sequence[Sequence[bool]] | None", fields.pop("head_pattern"))
-        del fields["head_sparsity"], fields["head_threshold"]
-        if rows is not None and not all(map(all, rows)):  # without a streaming head all is as without a pattern
-            fields["head_pattern"] = [list(row) for row in rows]
+        fields = self._fields_but_heads()
         del fields["prefill_chunk_tokens"], fields["kv_dtype"]  # kv_dtype enters the fingerprint resolved
         for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
             if fields[name] == "none":
@@ -204,7 +217,7 @@ class BuildConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_Checked):
+class Recipe(_WithHeads):
     """How a question attends a stored context.
 
     Args:
@@ -227,6 +240,9 @@ class Recipe(_Checked):
             generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine.
         tail_tokens: Question and generated tokens that are attended whole, the last ones; older ones are retrieved
             from a private index.
+        head_pattern, head_sparsity, head_threshold: As of `BuildConfig`: KV heads that stream attend the static set and
+            the tail only, whatever the method, though the index holds all of them. A head that streams in the index
+            streams anyway.
     """
 
     method: Method = "graph"
@@ -237,8 +253,12 @@ class Recipe(_Checked):
     search_list: int = 0
     question_attention: Literal["exact", "index", "auto"] = "index"
     tail_tokens: int = 1024
+    head_pattern: str | os.PathLike[str] | Sequence[Sequence[float | bool]] | None = None
+    head_sparsity: float | None = None
+    head_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        self._resolve_heads()
         self._one_of("method", METHODS)
         self._at_least(1, "top_k")
         self._at_least(0, "search_list")
@@ -249,6 +269,10 @@ class Recipe(_Checked):
             raise ConfigError("mass", self.mass, "must be in (0, 1]")
         if self.estimate not in (None, True, False):
             raise ConfigError("estimate", self.estimate, "must be true, false or none")
+
+    def deciding_fields(self) -> dict[str, Any]:
+        """The fields that change answers."""
+        return self._fields_but_heads()
 
     @property
     def attends_all(self) -> bool:

@@ -21,9 +21,11 @@ from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreError
+from rabatch.fingerprint import check_heads
 from rabatch.layers import Layers
 from rabatch.loading import LoadedModel
 from rabatch.memory import LayerPool, StoredLayer
+from rabatch.retention import narrowed, read_layer
 from rabatch.selectors import methods_of, open_indexes
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.joining import decoded
@@ -102,10 +104,12 @@ def open_context(
     Raises:
         FingerprintError: The index belongs to another model, dtype or template, or does not hold the graph or scan
             that the recipe needs.
+        ConfigError: The recipe's head pattern is one for a model of another shape.
         IntegrityError: Stored bytes are not what the manifest says. Layers that are read later raise it then.
         StoreError: The store cannot be read.
     """
     check_identity(manifest, loaded)
+    check_heads(recipe, loaded.geometry)
     if recipe.method == "auto" and manifest.geometry.index == "none":
         recipe = dataclasses.replace(recipe, method="dense")
     if recipe.method in ("graph", "scan") and not manifest.geometry.holds(recipe.method):
@@ -119,9 +123,8 @@ def open_context(
     def read(number: int) -> ContextLayer:
         with _naming(manifest):
             # Once: a digest takes longer than all the rest of reading a part from the page cache.
-            keeping = store.read_heads(manifest, number, streaming=False, check="once")
-            streaming = store.read_heads(manifest, number, streaming=True, check="once")
-            layer = _whole_layer(keeping, streaming, manifest, recipe, loaded, threads)
+            keeping, streaming = read_layer(store, manifest, recipe, number)
+            layer = _whole_layer(keeping, streaming, narrowed(manifest, recipe), recipe, loaded, threads)
         if not manifest.geometry.sliding_windows[number]:
             layer.prepare(recipe)  # what is made now counts among the layer's bytes, and no pass waits for it
         return layer
@@ -146,7 +149,7 @@ def _stored_layers(manifest: Manifest, recipe: Recipe, loaded: LoadedModel, thre
     for layer, _, _, nbytes in parts:
         if layer >= 0:
             stored[layer] += nbytes
-    geometry = manifest.geometry
+    geometry = narrowed(manifest, recipe).geometry
     streaming = [len(geometry.heads(number, streaming=True)) for number in range(geometry.n_layers)]
     kinds = [(recipe, bool(window), some) for window, some in zip(geometry.sliding_windows, streaming, strict=True)]
     return [StoredLayer(owner, number, nbytes, kinds[number]) for number, nbytes in enumerate(stored)]

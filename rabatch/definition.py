@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -170,6 +170,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if inner[-1] is Ellipsis:
             return all(_fits(item, inner[0]) for item in value)
         return len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is (origin or hint)
@@ -181,6 +183,8 @@ def _name(hint: Any) -> str:
         return " or ".join(_name(option) for option in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
+    if origin is Sequence:
+        return f"a list, each {_name(inner[0])}"
     if origin is tuple:
         names = [_name(item) for item in inner if item is not Ellipsis]
         return f"a list, each {names[0]}" if inner[-1] is Ellipsis else f"[{', '.join(names)}]"

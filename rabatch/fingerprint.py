@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, cast
 
-from rabatch.config import BuildConfig, ModelConfig
+from rabatch.config import BuildConfig, ModelConfig, Recipe
 from rabatch.head_pattern import Pattern, check_shape
 from rabatch.models import ModelGeometry, checkpoint_dtype, geometry_of, load_tokenizer, local_path, read_config
 from rabatch.prompts import PromptTemplate
@@ -65,10 +65,10 @@ def config_digest(config: ModelConfig) -> str:
     return _digest(local_path(config, weights=False), ("config.json",))
 
 
-def check_heads(build: BuildConfig, geometry: ModelGeometry) -> None:
+def check_heads(settings: BuildConfig | Recipe, geometry: ModelGeometry) -> None:
     """Raise ConfigError unless the head pattern, if there is one, is of the model's shape."""
-    if build.head_pattern is not None:
-        pattern = cast(Pattern, build.head_pattern)
+    if settings.head_pattern is not None:
+        pattern = cast(Pattern, settings.head_pattern)
         check_shape(pattern, n_layers=geometry.n_layers, n_kv_heads=geometry.n_kv_heads)
 
 

@@ -112,7 +112,8 @@ class Decoding:
         """KV heads of all layers with full attention, and how many of them keep the whole context."""
         full = [layer for layer, window in enumerate(self.work.windows) if not window]
         every = len(full) * self.work.geometry.n_kv_heads
-        return every, every - sum(len(self.build.streaming_heads(layer)) for layer in full)
+        streaming = ({*self.build.streaming_heads(layer), *self.recipe.streaming_heads(layer)} for layer in full)
+        return every, every - sum(map(len, streaming))
 
     def _candidates(self, method: Method, indexed: float) -> float:
         """Of a search by the method that is reckoned."""

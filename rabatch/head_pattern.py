@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rabatch.errors import ConfigError
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+DEMO = "demo"
+"""Names the gates that come with the demo model."""
 _TIES = 1e-6  # equal gates are told apart by less than this, as published
 
 Pattern = tuple[tuple[bool, ...], ...]
@@ -29,16 +31,17 @@ def read_gates(folder: str | Path) -> tuple[NDArray[np.float64], dict[str, Any]]
     """Gates of a published pattern.
 
     Args:
-        folder: Holds ``full_attention_heads.tsv`` and ``config.json``.
+        folder: Holds ``full_attention_heads.tsv`` and ``config.json``; ``"demo"``: those of the demo model.
 
     Returns:
         [n_layers, n_kv_heads], clipped to [0, 1], and what config.json says: ``sink_size`` and ``recent_size`` of the
-        static set that the gates were learned with, among others.
+        static set that the gates were learned with, among others; ``sliding_layers``, which have no gates, if it was
+        written by `rabatch calibrate`.
 
     Raises:
         ConfigError: A file is missing, or is not of this form.
     """
-    place = Path(folder)
+    place = Path(__file__).parent / "demo" / "head_pattern" if folder == DEMO else Path(folder)
     try:
         about = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
         lines = (place / GATES_FILE).read_text(encoding="utf-8").splitlines()
@@ -100,13 +103,21 @@ def checked_gates(gates: Any) -> NDArray[np.float64]:
 
 
 def resolve(
-    gates: NDArray[np.float64], *, sparsity: float | None = None, threshold: float | None = None, seed: int = 0
+    gates: NDArray[np.float64],
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    without: Collection[int] = (),
+    seed: int = 0,
 ) -> Pattern:
     """Which heads keep the whole context.
 
     With a threshold, those whose gate is at least that. With a sparsity, those whose gate is at least that quantile of
     all gates, so that about this share streams: all at 1, none at 0. For this, equal gates are told apart by random
     numbers below 1e-6, as published; drawn from `seed`, so that a pattern comes out the same again.
+
+    Args:
+        without: Layers that have no gates, as they keep a sliding window of their own: they count for no share.
 
     Raises:
         ConfigError: Not one of both, or it is no share.
@@ -120,7 +131,8 @@ def resolve(
     if sparsity in (0, 1):
         return _rows(np.full(gates.shape, sparsity == 0))
     apart = gates + np.random.default_rng(seed).uniform(0, _TIES, gates.shape)
-    return _rows(apart >= np.quantile(apart, sparsity))
+    counted = np.delete(apart, sorted(without), 0)
+    return _rows(apart >= np.quantile(counted if counted.size else apart, sparsity))
 
 
 def pattern_of(source: Any, *, sparsity: float | None = None, threshold: float | None = None) -> Pattern:
@@ -133,9 +145,12 @@ def pattern_of(source: Any, *, sparsity: float | None = None, threshold: float |
     Raises:
         ConfigError: It is none of these.
     """
-    gates = read_gates(source)[0] if isinstance(source, str | Path) else checked_gates(source)
+    gates, about = read_gates(source) if isinstance(source, str | Path) else (checked_gates(source), {})
     if sparsity is not None or threshold is not None:
-        return resolve(gates, sparsity=sparsity, threshold=threshold)
+        without = about.get("sliding_layers", [])
+        if not (isinstance(without, list) and all(type(n) is int and 0 <= n < len(gates) for n in without)):
+            raise ConfigError("head_pattern", f"{source}/{CONFIG_FILE}", "sliding_layers must be numbers of layers")
+        return resolve(gates, sparsity=sparsity, threshold=threshold, without=without)
     if not np.isin(gates, (0, 1)).all():
         fix = (
             "holds gates between 0 and 1; give a sparsity (share of the heads that stream) or a threshold on the gates"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,10 +85,16 @@ class LayerBlock:
 
     def select(self, heads: range) -> LayerBlock:
         """The block of some of its heads (numbered as in the model), sharing memory."""
-        part = slice(heads.start - self.head_start, heads.stop - self.head_start)
+        return self._some(slice(heads.start - self.head_start, heads.stop - self.head_start), heads.start)
+
+    def among(self, places: Sequence[int]) -> LayerBlock:
+        """The block of some of its heads, by their places in it, ascending; `head_start` counts for the first alone."""
+        return self._some(np.array(places, np.int64), self.head_start + places[0])
+
+    def _some(self, part: slice | NDArray[np.int64], head_start: int) -> LayerBlock:
         return LayerBlock(
             layer=self.layer,
-            head_start=heads.start,
+            head_start=head_start,
             positions=self.positions,
             keys=self.keys[part],
             values=self.values[part],

@@ -29,8 +29,8 @@ class ScanCodes:
     exceptions: NDArray[np.int32]
     to_query: NDArray[np.float32]
 
-    def select(self, heads: slice) -> ScanCodes:
-        """Of some heads, counted from the first here; sharing memory."""
+    def select(self, heads: slice | NDArray[np.int64]) -> ScanCodes:
+        """Of some heads, counted from the first here; sharing memory if they are a slice."""
         return ScanCodes(*(array[heads] for array in vars(self).values()))
 
     def equals(self, other: ScanCodes) -> bool:

@@ -91,8 +91,10 @@ def test_the_wheel_that_is_submitted_holds_the_same(wheel: Path):
 
 def test_the_wheel_holds_every_module_and_the_demo_model(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
-    model = [f"rabatch/demo/model/{path.name}" for path in (ROOT / "rabatch/demo/model").iterdir() if path.is_file()]
+    folders = [ROOT / "rabatch/demo" / name for name in ("model", "head_pattern")]
+    model = [str(path.relative_to(ROOT)) for folder in folders for path in folder.iterdir() if path.is_file()]
     assert any(name.endswith(".safetensors") for name in model)
+    assert any(name.endswith(".tsv") for name in model)
     assert {*source_modules(), *model, "rabatch/py.typed"} - held == set()
 
 

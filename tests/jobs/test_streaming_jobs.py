@@ -9,6 +9,7 @@ import pytest
 
 from rabatch.cli import main
 from rabatch.config import BuildConfig, Recipe
+from rabatch.errors import ConfigError
 from rabatch.head_pattern import write_gates
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
@@ -38,17 +39,18 @@ def test_a_build_with_a_head_pattern(local_ray: None, tmp_path: Path, capsys: py
         streaming = ((1,), (0, 1), (), (0,)) if manifest.fingerprint == built.fingerprint else ()
         assert manifest.geometry.streaming_heads == streaming
     assert built.rows[0]["stored_bytes"] < 0.75 * plain.rows[0]["stored_bytes"]
-    questions = [{"question_id": "q", "document_id": "1", "question": "What did the keeper count?"}]
-    found = answer(
-        questions,
-        store=store,
-        recipe=Recipe(top_k=16),
-        fingerprint=built.fingerprint,
-        output=tmp_path / "answers",
-        progress=False,
-    )
+    questions = [{"question_id": "q", "document_id": "0", "question": "What did the keeper count?"}]
+    where = {"store": store, "output": tmp_path / "answers", "progress": False}
+    found = answer(questions, recipe=Recipe(top_k=16), fingerprint=built.fingerprint, **where)
     assert [row["status"] for row in found.rows] == ["ok"], found.rows
     assert 0 < found.rows[0]["attended_share"] < 0.5
+    recipe = Recipe(top_k=16, head_pattern=again.head_pattern)  # of the index that holds all heads
+    same = answer(questions, recipe=recipe, fingerprint=plain.fingerprint, **where)
+    for name in ("status", "answer", "attended_share"):
+        assert same.rows[0][name] == pytest.approx(found.rows[0][name])
+    assert answer(questions, recipe=recipe, fingerprint=plain.fingerprint, **where).reused == 1
+    with pytest.raises(ConfigError, match="the pattern has 1 layers"):
+        answer(questions, recipe=Recipe(head_pattern=[[1, 0]]), **where)
     assert main(["inspect", "--store", str(store), "--document", "0", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["documents"]
     assert sorted((row["streaming_heads"], row["heads"]) for row in rows) == [(0, 8), (4, 8)]

@@ -91,7 +91,12 @@ def test_sliding_layers_cost_their_window():
 
 
 def test_streaming_heads_cost_the_static_set():
-    half = dataclasses.replace(DECODING.build, head_pattern=((True, False), (True, False)))
+    heads = ((True, False), (True, False))
+    half = dataclasses.replace(DECODING.build, head_pattern=heads)
     local = dataclasses.replace(DECODING, build=half)
     assert DECODING.token_bytes("dense", N, 1) - local.token_bytes("dense", N, 1) == 2 * 1000 * ROW
     assert DECODING.token_flops("dense", N) - local.token_flops("dense", N) == 2 * 1000 * 4 * 8 * 2
+    by_recipe = dataclasses.replace(DECODING, recipe=dataclasses.replace(DECODING.recipe, head_pattern=heads))
+    assert by_recipe.token_bytes("dense", N, 1) == local.token_bytes("dense", N, 1)
+    both = dataclasses.replace(by_recipe, build=half)  # they overlap, they do not add up
+    assert both.token_flops("graph", N) == local.token_flops("graph", N)

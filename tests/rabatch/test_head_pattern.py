@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabatch.cli_arguments import Parser, add_build, build_settings
-from rabatch.config import BuildConfig, ModelConfig
+from rabatch.config import BuildConfig, ModelConfig, Recipe
 from rabatch.errors import ConfigError
-from rabatch.fingerprint import index_fields
+from rabatch.fingerprint import index_fields, model_fields
 from rabatch.head_pattern import pattern_of, read_gates, resolve, write_gates
 from rabatch.storage.manifest import fingerprint_of
 
@@ -175,3 +175,13 @@ def test_the_command_takes_a_pattern(tmp_path: Path) -> None:
     assert build_settings(parser.parse_args([*given_path, "--sparsity", "0.5"]))["config"].head_pattern is not None
     with pytest.raises(SystemExit):
         parser.parse_args([*given_path, "--threshold", "0.5", "--sparsity", "0.5"])
+
+
+def test_the_demo_model_brings_its_pattern() -> None:
+    """Learned with these very weights: after training the model anew, `rabatch calibrate --out` has to follow."""
+    gates, about = read_gates("demo")
+    assert gates.shape == (4, 2)
+    assert about["model_sha256"] == fingerprint_of(model_fields(DEMO))
+    build = BuildConfig(head_pattern="demo", head_sparsity=0.5)
+    assert sum(len(build.streaming_heads(layer)) for layer in range(4)) == 4
+    assert Recipe(head_pattern="demo", head_sparsity=0.5).head_pattern == build.head_pattern
