@@ -46,6 +46,17 @@ class SearchResult:
     distances: NDArray[np.int64]
 
 
+class Searchable(Protocol):
+    """What decoding needs of a key index: `KeyIndex` says what is meant."""
+
+    @property
+    def n_keys(self) -> int: ...
+
+    def search(
+        self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None
+    ) -> SearchResult: ...
+
+
 @runtime_checkable
 class KeyIndex(Protocol):
     """All KV heads of one layer of one document.

@@ -234,8 +234,9 @@ class _Planner:
 
 
 def _priced(method: str) -> Any:
-    """`auto` is reckoned as `graph`, the default; it takes what is fastest on the machine."""
-    return "graph" if method == "auto" else method
+    """`auto` is reckoned as `graph`, the default, as it takes what is fastest on the machine; methods that are there to
+    be compared with, and `streaming`, as `flat`, which costs no less than most."""
+    return method if method in METHODS else "graph" if method == "auto" else "flat"
 
 
 def _over(amount: float, rate: float | None) -> float | None:

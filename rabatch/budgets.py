@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError
 from rabatch.index.profile import GRID
+from rabatch.selectors.quest import whole_pages
 
 _HELPS = 0.05
 """Of the mass outside the static set, what `top_k` keys have to hold for a search to be worth it."""
@@ -30,7 +31,8 @@ def head_budget(
     keys that hold `Recipe.mass` of what the best `top_k` hold beside the static set. Of a head so diffuse that they
     hold less than a twentieth of what the static set leaves, none: there no top-k helps, and zones estimate it.
     ``auto`` is ``profile`` where there is one, and else ``fixed``. ``pyramid`` falls linearly over the layers, from
-    almost 2 x top_k to top_k / 20, `top_k` being its mean (PyramidKV).
+    almost 2 x top_k to top_k / 20, `top_k` being its mean (PyramidKV). Methods that are compared with have `fixed` or
+    `pyramid` alone (`Recipe.budget_in_use`).
 
     Args:
         profile: [n_kv_heads, 1 + len(GRID)]: see `index.profile.mass_profile`.
@@ -43,17 +45,18 @@ def head_budget(
     budget = np.full(n_kv_heads, recipe.top_k, np.int64)
     if recipe.top_k >= n_keys:
         return budget
-    if recipe.budget == "pyramid" and len(full_layers) > 1:
+    kind = recipe.budget_in_use
+    if kind == "pyramid" and len(full_layers) > 1:
         least = max(recipe.top_k / _PYRAMID, 1)
         depth = full_layers.index(layer) / (len(full_layers) - 1)
         budget[:] = round((2 * recipe.top_k - least) * (1 - depth) + least * depth)
-    if recipe.budget == "profile" or (recipe.budget == "auto" and profile is not None):
+    if kind == "profile" or (kind == "auto" and profile is not None):
         if profile is None:
             fix = "the index holds no profile of its heads; build it again, or choose --budget fixed"
-            raise FingerprintError("budget", recipe.budget, fix)
+            raise FingerprintError("budget", kind, fix)
         for head, held in enumerate(profile):
             budget[head] = _of_profile(held, recipe.top_k, recipe.mass)
-    return budget
+    return whole_pages(budget) if recipe.method == "quest" else budget
 
 
 def _of_profile(held: NDArray[np.float32], top_k: int, mass: float) -> int:

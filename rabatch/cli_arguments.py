@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 from rabatch.cli_heads import add_heads, heads_of
 from rabatch.config import (
     CODECS,
+    COMPARED,
     DTYPES,
     INDEX_KINDS,
     METHODS,
@@ -172,12 +173,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
     add_number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
     add_number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
-    add_number(
-        group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by"
-    )
-    add_number(
-        group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone, from which unretrieved keys are estimated; 0: none"
-    )
+    add_number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head to align graphs by")
+    add_number(group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone that estimates unretrieved keys; 0: no zones")
+    group.add_argument("--key-mass", action="store_true", help="keep how much sampled queries attend each key, for h2o")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
@@ -201,7 +199,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fingerprint", metavar="SHA256", help="answer from the indexes of this build only")
     add_model(parser)
     group = parser.add_argument_group("recipe")
-    group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=f"how to attend ({_RECIPE.method})")
+    text = f"how to attend ({_RECIPE.method}); from {COMPARED[0]} on they are there to be compared with"
+    group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=text)
     add_number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
     add_number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
     group.add_argument(
@@ -219,6 +218,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         default=_RECIPE.estimate,
         help="estimate keys that are not retrieved by the index's zones (where it has zones)",
     )
+    text = "first layers that attend every key (2 of quest, 1 of infinigen, else 0)"
+    group.add_argument("--dense-layers", type=int, metavar="N", default=_RECIPE.dense_layers, help=text)
     add_number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
     group.add_argument(
         "--question-attention",
@@ -317,6 +318,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         query_top_k=arguments.query_top_k,
         sample_vectors=arguments.sample_vectors,
         zone_tokens=arguments.zone_tokens,
+        key_mass=arguments.key_mass,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
         key_codec=arguments.key_codec,
@@ -343,6 +345,7 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         mass=arguments.mass,
         estimate=arguments.estimate,
         tail_tokens=arguments.tail_tokens,
+        dense_layers=arguments.dense_layers,
         search_list=arguments.search_list,
         question_attention=arguments.question_attention,
         **heads_of(arguments),

@@ -1,4 +1,7 @@
-"""Typed, frozen settings. Every value is checked when the object is made; errors name the field and the fix."""
+"""Typed, frozen settings. Every value is checked when the object is made; errors name the field and the fix.
+
+Past 400 lines because most of them say what a field means, where a user looks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,20 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 from rabatch.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-Method = Literal["dense", "streaming", "flat", "graph", "scan", "auto"]
-METHODS: tuple[Method, ...] = ("dense", "streaming", "flat", "graph", "scan", "auto")
+Method = Literal[
+    "dense", "streaming", "flat", "graph", "scan", "auto",
+    "ivf", "hnsw", "vamana", "quest", "snapkv", "pyramidkv", "h2o", "infinigen",
+]  # fmt: skip
+METHODS: tuple[Method, ...] = get_args(Method)
+COMPARED: tuple[Method, ...] = METHODS[METHODS.index("ivf") :]
+"""Methods of others, there to be compared with (docs/methods.md)."""
+DENSE_LAYERS: dict[Method, int] = {"quest": 2, "infinigen": 1}
+"""First layers in which every key is attended, as published."""
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
 _SCANNED_KEYS = 1 << 15
 """Up to so many keys four candidates per key that is wanted find .97 and more of the mass (docs/decode.md)."""
@@ -153,6 +163,7 @@ class BuildConfig(_WithHeads):
             query heads that share a KV head). 0: graphs are made of the keys as they are.
         zone_tokens: Keys per zone, about: what is not retrieved can be estimated from the sums of zones. Smaller: a
             little better, and more zones for every query to look at. 0: no zones are stored.
+        key_mass: Whether the attention that the sampled queries give each key is summed and stored, for recipe ``h2o``.
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
@@ -176,6 +187,7 @@ class BuildConfig(_WithHeads):
     query_top_k: int = 32
     sample_vectors: int = 1024
     zone_tokens: int = 64
+    key_mass: bool = False
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
     key_codec: Codec = "none"
@@ -194,6 +206,8 @@ class BuildConfig(_WithHeads):
         self._one_of("kv_dtype", ("auto", *DTYPES))
         self._one_of("key_codec", CODECS)
         self._one_of("value_codec", CODECS)
+        if self.key_mass and self.index == "none":
+            raise ConfigError("key_mass", self.key_mass, "is of the queries sampled for an index; build with an index")
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
 
@@ -208,6 +222,8 @@ class BuildConfig(_WithHeads):
         for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
             if fields[name] == "none":
                 del fields[name]
+        if not self.key_mass:
+            del fields["key_mass"]
         if not self.builds("graph"):
             del fields["graph"]
         if self.index == "none":
@@ -224,8 +240,10 @@ class Recipe(_WithHeads):
         method: ``dense`` (every key), ``streaming`` (static set only), ``flat`` (static set + exact top-k),
             ``graph`` (static set + top-k found by graph search), ``scan`` (static set + top-k found by codes of all
             keys), ``auto`` (of ``dense`` and what the index holds, ``graph`` or ``scan``, the fastest for this context
-            and as many questions, by times taken on this machine).
-        top_k: Keys retrieved per query head beyond the static set. At least as many as the index holds: full budget.
+            and as many questions, by times taken on this machine). The others are there to be compared with:
+            docs/methods.md says what each does. They have no zones, so `estimate` is nothing to them, and their
+            `budget` is ``fixed`` unless it is ``pyramid``, as it is of ``pyramidkv`` always.
+        top_k: Keys attended per query head beyond the static set. At least as many as the index holds: full budget.
         budget: How many of them: ``fixed`` (`top_k`), ``mass`` (of each query the best that together hold `mass` of
             the softmax), ``profile`` (per head, by how the context's own queries attended when the index was built),
             ``pyramid`` (falling over the layers, `top_k` on average), ``auto`` (profile; fixed where the index holds
@@ -235,14 +253,17 @@ class Recipe(_WithHeads):
             left out. None: where the index has zones.
         search_list: Candidates: kept during a graph search (ef), or scored exactly after a scan; more find more and
             cost more. 0: 2 x top_k of a graph; 4 x top_k of a scan, and with the root of the length more past 32K keys,
-            where codes mistake more keys for the best.
+            where codes mistake more keys for the best. Of ``ivf`` the cells probed, and 0 a sixteenth of them.
         question_attention: How the question's tokens attend the context: ``exact`` (all keys), ``index`` (like
-            generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine.
+            generated tokens), or ``auto``: what is cheaper for this context, by times taken on this machine. Of
+            ``snapkv`` and ``pyramidkv``, which choose keys by the question's attention, it is always exact.
         tail_tokens: Question and generated tokens that are attended whole, the last ones; older ones are retrieved
             from a private index.
         head_pattern, head_sparsity, head_threshold: As of `BuildConfig`: KV heads that stream attend the static set and
             the tail only, whatever the method, though the index holds all of them. A head that streams in the index
             streams anyway.
+        dense_layers: First layers in which every key is attended. None: as published, 2 of ``quest``, 1 of
+            ``infinigen``, whose first layer has none before it to be foreseen by, and none of the others.
     """
 
     method: Method = "graph"
@@ -256,10 +277,13 @@ class Recipe(_WithHeads):
     head_pattern: str | os.PathLike[str] | Sequence[Sequence[float | bool]] | None = None
     head_sparsity: float | None = None
     head_threshold: float | None = None
+    dense_layers: int | None = None
 
     def __post_init__(self) -> None:
         self._resolve_heads()
         self._one_of("method", METHODS)
+        if self.dense_layers is not None:
+            self._at_least(1 if self.method == "infinigen" else 0, "dense_layers")
         self._at_least(1, "top_k")
         self._at_least(0, "search_list")
         self._at_least(1, "tail_tokens")
@@ -274,11 +298,35 @@ class Recipe(_WithHeads):
         """The fields that change answers."""
         return self._fields_but_heads()
 
+    def to_dict(self) -> dict[str, Any]:
+        """`dense_layers` only if it is given: answers are known by this, those of before it too."""
+        fields = super().to_dict()
+        if self.dense_layers is None:
+            del fields["dense_layers"]
+        return fields
+
+    @property
+    def observes_questions(self) -> bool:
+        """Whether keys are chosen by the attention of the question's own tokens, which is exact then."""
+        return self.method in ("snapkv", "pyramidkv")
+
     @property
     def attends_all(self) -> bool:
         """Whether there can be passes that attend every key of the context."""
         questions = self.question_attention != "index" and self.method != "streaming"
-        return self.method in ("dense", "auto") or questions
+        return self.method in ("dense", "auto") or questions or self.observes_questions
+
+    @property
+    def budget_in_use(self) -> str:
+        """`budget`, as far as the method has it."""
+        if self.method not in COMPARED:
+            return self.budget
+        return "pyramid" if "pyramid" in (self.budget, self.method.removesuffix("kv")) else "fixed"
+
+    @property
+    def leading_dense_layers(self) -> int:
+        """First layers in which every key is attended."""
+        return DENSE_LAYERS.get(self.method, 0) if self.dense_layers is None else self.dense_layers
 
     def candidates(self, n_keys: int) -> int:
         """The number of candidates of a search of so many keys; never below `top_k`."""

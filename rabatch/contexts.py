@@ -19,14 +19,14 @@ from rabatch.attention.coded import CodedRows
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
-from rabatch.config import Recipe
+from rabatch.config import COMPARED, Recipe
 from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreError
 from rabatch.fingerprint import check_heads
 from rabatch.layers import Layers
 from rabatch.loading import LoadedModel
 from rabatch.memory import LayerPool, StoredLayer
 from rabatch.retention import narrowed, read_layer
-from rabatch.selectors import methods_of, open_indexes
+from rabatch.selectors import methods_of, open_indexes, selection_of
 from rabatch.storage.failures import REBUILD
 from rabatch.storage.joining import decoded
 from rabatch.storage.manifest import Manifest
@@ -105,11 +105,13 @@ def open_context(
         FingerprintError: The index belongs to another model, dtype or template, or does not hold the graph or scan
             that the recipe needs.
         ConfigError: The recipe's head pattern is one for a model of another shape.
+        ModelError: The recipe does not work with the model.
         IntegrityError: Stored bytes are not what the manifest says. Layers that are read later raise it then.
         StoreError: The store cannot be read.
     """
     check_identity(manifest, loaded)
     check_heads(recipe, loaded.geometry)
+    selection_of(recipe, loaded)  # raises what every question would fail by
     if recipe.method == "auto" and manifest.geometry.index == "none":
         recipe = dataclasses.replace(recipe, method="dense")
     if recipe.method in ("graph", "scan") and not manifest.geometry.holds(recipe.method):
@@ -222,14 +224,15 @@ def _context_layer(
     geometry, n_kv = manifest.geometry, block.n_heads
     keeping = (bool(geometry.heads(number, streaming=False)) for number in range(geometry.n_layers))
     full = [i for i, (w, some) in enumerate(zip(geometry.sliding_windows, keeping, strict=True)) if some and not w]
-    methods = methods_of(recipe, geometry) if stop > start else []
-    retrieving = bool(methods)
-    budget = np.zeros(n_kv, np.int64)
-    if retrieving:
+    dense = not sliding and block.layer < recipe.leading_dense_layers
+    methods = methods_of(recipe, geometry) if stop > start and not dense else []
+    budget, estimated = np.zeros(n_kv, np.int64), False
+    if methods:
         budget = head_budget(
             recipe, block.profile, n_kv_heads=n_kv, n_keys=stop - start, layer=block.layer, full_layers=full
         )
-        if recipe.estimate and block.zones is None:
+        estimated = recipe.method not in COMPARED and recipe.estimate is not False
+        if estimated and recipe.estimate and block.zones is None:
             fix = "the index holds no zones; build it with --zone-tokens, or choose --no-estimate"
             raise FingerprintError("estimate", recipe.estimate, fix)
     return ContextLayer(
@@ -240,7 +243,8 @@ def _context_layer(
         index_stop=stop,
         budget=budget,
         indexes=open_indexes(methods, recipe, block, np.flatnonzero(budget), start, stop, threads=threads),
-        zones=block.zones if retrieving and recipe.estimate is not False else None,
+        zones=block.zones if estimated else None,
         key_codes=key_codes,
         value_codes=value_codes,
+        dense=dense,
     )

@@ -43,7 +43,7 @@ def chosen(context: OpenContext, recipe: Recipe, *, questions: int) -> Recipe:
     if recipe.question_attention == "auto":
         several = min(questions, _QUESTIONS)
         options = [dataclasses.replace(recipe, question_attention=how) for how in ("exact", "index")]
-        if recipe.method not in ("dense", "streaming"):
+        if recipe.method not in ("dense", "streaming") and not recipe.observes_questions:
             options.sort(key=lambda option: _pass_seconds(context, option, several, _QUESTION_TOKENS))
         recipe = options[0]
         _log.info("auto: questions of %s attend by %s", context.manifest.document_id, recipe.question_attention)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rabatch.attention.context import QuestionAttention, Seen
+from rabatch.attention.context import QuestionAttention
 from rabatch.attention.seam import attending
+from rabatch.attention.seen import Seen
 from rabatch.attention.tails import PassingCache
 from rabatch.config import Recipe
 from rabatch.contexts import OpenContext
 from rabatch.generation import Course, Generation
+from rabatch.selectors import selection_of
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Executor:
             slots=slots,
             recipe=recipe,
             device=context.loaded.config.device,
+            selection=selection_of(recipe, context.loaded),
             recall=context.recall,
         )
         self._cache = PassingCache(len(context.layers), len(context.token_ids))
@@ -117,7 +120,7 @@ class Executor:
             ids[row, : len(new)] = torch.tensor(new)
         ends, place_of_end = torch.tensor(counts, device=device).sub(1).unique(return_inverse=True)
         places = self.attention.begin(first, counts, question=question)
-        with attending(self.attention):
+        with attending(self.attention), self.attention.selection.passing():
             logits: Tensor = self.context.loaded.model(
                 input_ids=ids.to(device),
                 position_ids=places + len(self.context.token_ids),

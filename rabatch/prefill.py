@@ -59,7 +59,8 @@ def run(
     outbox = Outbox(device)
     shape = loaded.geometry
     bare = frozenset(n for n in range(shape.n_layers) if len(build.streaming_heads(n)) == shape.n_kv_heads)
-    capture = PrefillCapture([context_sample(len(context), build) for context in contexts], outbox, unsampled=bare)
+    samples = [context_sample(len(context), build) for context in contexts]
+    capture = PrefillCapture(samples, outbox, unsampled=bare, key_mass=build.key_mass)
     lengths = [len(context) for context in contexts]
     stored = getattr(torch, stored_dtype(loaded.config, build))
     cache = ContextCache(shape.n_layers, sum(lengths), outbox, stored)
@@ -145,14 +146,17 @@ def _units_of(
         "values": b"",
         "lists": b"",
         "queries": b"",
+        "mass": b"",
         "scaling": 0.0,
         "softcap": 0.0,
     }
     for layer, (head_start, head_stop), streaming in ranges:
         keys, values = cache.states(layer, *_rows(tokens, windows[layer]), heads=slice(head_start, head_stop))
         lists, queries = sample.of_heads(layer, head_start, head_stop)
+        mass = sample.mass_of_heads(layer, head_start, head_stop)
         if streaming:  # the middle of the context ends here, and what was sampled for an index of it
-            keys, values, lists, queries = keys[:, static], values[:, static], lists[:0], queries[:0]
+            keys, values = keys[:, static], values[:, static]
+            lists, queries, mass = lists[:0], queries[:0], mass[:0]
         yield {
             "unit_kind": "layer",
             **shared,
@@ -166,6 +170,7 @@ def _units_of(
             "values": _to_bytes(values),
             "lists": lists.numpy().tobytes(),
             "queries": queries.float().numpy().tobytes(),
+            "mass": mass.numpy().tobytes(),
             "scaling": capture.logits[layer][0],
             "softcap": capture.logits[layer][1],
         }
@@ -206,7 +211,8 @@ def _head_ranges(
     head_bytes = (rows[1] - rows[0] if static is None else static) * keys.shape[2] * 2 * keys.itemsize
     if static is None:
         lists, queries = sample.of_heads(layer, 0, 1)
-        head_bytes += lists.nbytes + queries.numel() * torch.float32.itemsize
+        mass = sample.mass_of_heads(layer, 0, 1)
+        head_bytes += lists.nbytes + mass.nbytes + queries.numel() * torch.float32.itemsize
     step = max(1, MAX_UNIT_BYTES // max(1, head_bytes))
     return [(start, min(start + step, run.stop)) for start in range(run.start, run.stop, step)]
 

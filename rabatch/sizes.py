@@ -20,7 +20,7 @@ from rabatch.prefill import MAX_UNIT_BYTES
 from rabatch.storage.codecs import GROUP, code_width, group_width
 from rabatch.storage.columns import id_width
 from rabatch.storage.filesystem import PIECE_BYTES
-from rabatch.storage.layout import STATES
+from rabatch.storage.layout import MASS_BYTES, STATES
 from rabatch.storage.packed_ids import packed_width
 from rabatch.units import index_range
 
@@ -31,7 +31,8 @@ _PART_BYTES = 1500  # of its other metadata: measured
 _PUT_BYTES = 50 << 20  # s3fs: an object of twice as much, or more, goes in pieces of this
 NEEDED: dict[Method, IndexKind] = {
     **{"dense": "none", "streaming": "none", "flat": "none"},
-    **{"graph": "graph", "scan": "scan"},
+    **{"graph": "graph", "scan": "scan", "h2o": "scan"},
+    **dict.fromkeys(("ivf", "hnsw", "vamana", "quest", "snapkv", "pyramidkv", "infinigen"), "none"),
 }
 """The smallest index that serves a method."""
 
@@ -45,6 +46,7 @@ class StoredBytes:
         graph: Links.
         codes: 4-bit codes, with what decodes them.
         zones: The zone of every key.
+        mass: How much every key was attended.
         tokens: Token ids and where they stand in the text.
         parquet: Footers and headers.
     """
@@ -53,6 +55,7 @@ class StoredBytes:
     graph: int = 0
     codes: int = 0
     zones: int = 0
+    mass: int = 0
     tokens: int = 0
     parquet: int = 0
 
@@ -142,7 +145,7 @@ def _heads(
     covered = 0 if streams or window else stop - start
     bare = streams or window > 0 or build.index == "none"
     indexed = 0 if bare else covered
-    graph = codes = zones = small = 0
+    graph = codes = zones = mass = small = 0
     columns = 3
     if not bare and build.builds("graph"):
         degree = build.graph.degree
@@ -157,6 +160,9 @@ def _heads(
     if not bare and build.zone_tokens:
         zones = rows * id_width(-(-indexed // build.zone_tokens))
         columns += 1
+    if not bare and build.key_mass:
+        mass = indexed * MASS_BYTES
+        columns += 1
     kv = 2 * rows * dim * item
     for of, codec in zip(STATES, (build.key_codec, build.value_codec), strict=True):
         if codec != "none" and covered:
@@ -165,7 +171,7 @@ def _heads(
             small += 2 * dim * 2 * 4 // 3  # scale and center
             columns += 1 + (groups > 0)
     parquet = columns * _COLUMN_BYTES + small
-    per_head = StoredBytes(kv=kv, graph=graph, codes=codes, zones=zones, parquet=parquet)
+    per_head = StoredBytes(kv=kv, graph=graph, codes=codes, zones=zones, mass=mass, parquet=parquet)
     step = min(heads, max(1, MAX_UNIT_BYTES // max(1, _travelling_bytes(n_tokens, rows, indexed, shape, build, item))))
     n_parts = -(-heads // step)
     stored = StoredBytes(*(heads * value for value in vars(per_head).values()))
@@ -182,7 +188,8 @@ def _travelling_bytes(
     ranking = n_tokens - min(min(build.sink_tokens, n_tokens) + build.window_tokens, n_tokens)
     sampled = round(ranking * build.query_share) if indexed else 0
     vectors = group * min(build.sample_vectors // group, sampled) * shape.head_dim * 4
-    return rows * shape.head_dim * 2 * item + group * sampled * build.query_top_k * 4 + vectors
+    mass = indexed * MASS_BYTES if build.key_mass else 0
+    return rows * shape.head_dim * 2 * item + group * sampled * build.query_top_k * 4 + vectors + mass
 
 
 def _requests(part_bytes: Sequence[int]) -> Requests:

@@ -21,9 +21,10 @@ Unit = dict[str, Any]
 """An Arrow-able row. `unit_kind` "tokens": token_id, char_start, char_end. "layer": keys, values (bytes of
 [heads, rows, head_dim] in `kv_dtype`), lists (bytes of int32 [heads, n_lists, top_k]), queries (bytes of float32
 [heads, n_vectors, head_dim], the vectors behind the first `n_vectors` lists: float32 holds every compute dtype exactly,
-so a reader need not know it, and beside keys and values they are few), scaling (factor on q . k) and softcap (bound of
-the logits; 0: none). The heads of a layer's row all stream, and then it has the rows of the static set, no lists and no
-queries; or none of them does."""
+so a reader need not know it, and beside keys and values they are few), mass (bytes of float32 [heads, index rows], the
+attention that the sampled queries gave each key; none unless the build keeps it), scaling (factor on q . k) and softcap
+(bound of the logits; 0: none). The heads of a layer's row all stream, and then it has the rows of the static set, no
+lists, no queries and no mass; or none of them does."""
 
 
 def index_range(context_tokens: int, build: BuildConfig) -> tuple[int, int]:

@@ -37,6 +37,8 @@ class LayerBlock:
         zones: [n_heads, index_rows] int32, the zone of each indexed key, from 0. None: the layer has no zones.
         profile: [n_heads, PROFILE_NUMBERS] float32, shares of the softmax mass of late queries, ascending, that are
             held by the static set, and by it and the best 8, 16, ... other keys. None: not known.
+        key_mass: [n_heads, index_rows] float32 >= 0: the attention that sampled queries of the context gave each key
+            of the index, summed. None: it was not kept.
         index_start: First row of the key index, in rows.
     """
 
@@ -50,6 +52,7 @@ class LayerBlock:
     scan: ScanCodes | None = None
     zones: NDArray[np.int32] | None = None
     profile: NDArray[np.float32] | None = None
+    key_mass: NDArray[np.float32] | None = None
     index_start: int = 0
     key_codes: Coded | None = None
     value_codes: Coded | None = None
@@ -103,6 +106,7 @@ class LayerBlock:
             scan=None if self.scan is None else self.scan.select(part),
             zones=None if self.zones is None else self.zones[part],
             profile=None if self.profile is None else self.profile[part],
+            key_mass=None if self.key_mass is None else self.key_mass[part],
             index_start=self.index_start,
             key_codes=None if self.key_codes is None else self.key_codes.select(part),
             value_codes=None if self.value_codes is None else self.value_codes.select(part),
@@ -111,7 +115,7 @@ class LayerBlock:
     def split(self, max_bytes: int = MAX_PART_BYTES) -> Iterator[LayerBlock]:
         """Blocks of as many heads as fit `max_bytes`, at least one head each."""
         degree = 0 if self.neighbors is None else int(self.neighbors.shape[2])
-        ids = degree + (self.zones is not None) + 1  # of neighbors, zone, position
+        ids = degree + (self.zones is not None) + (self.key_mass is not None) + 1  # of neighbors, zone, mass, position
         codes = 0 if self.scan is None else self.scan.code_width
         codes += sum(coded.row_bytes for coded in (self.key_codes, self.value_codes) if coded is not None)
         plain = sum(int(states.shape[1]) for states in (self.keys, self.values))
@@ -124,7 +128,8 @@ class LayerBlock:
         """Whether every number is the same, bit for bit."""
         mine, theirs = ((b.layer, b.head_start, b.index_start, b.keys.dtype) for b in (self, other))
         optional = (
-            (getattr(self, name), getattr(other, name)) for name in ("neighbors", "entries", "zones", "profile")
+            (getattr(self, name), getattr(other, name))
+            for name in ("neighbors", "entries", "zones", "profile", "key_mass")
         )
         return (
             mine == theirs
@@ -208,6 +213,11 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         wanted = (shape[0], block.index_rows)
         fix = f"must be {list(wanted)}, with an index"
         rule(indexed and block.zones.shape == wanted, "zones", block.zones.shape, fix)
+    if block.key_mass is not None:
+        mass, wanted = block.key_mass, (shape[0], block.index_rows)
+        known = indexed and mass.shape == wanted and mass.dtype == np.float32
+        rule(known, "mass", (mass.shape, str(mass.dtype)), f"must be float32 {list(wanted)}, with an index")
+        rule(bool(np.isfinite(mass).all() and (mass >= 0).all()), "mass", "not a sum", "must be finite and >= 0")
     if block.profile is not None:
         shares, wanted = block.profile, (shape[0], PROFILE_NUMBERS)
         known = indexed and shares.shape == wanted and shares.dtype == np.float32

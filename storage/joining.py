@@ -67,7 +67,8 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         raise IntegrityError(f"{manifest.path}: layer {first.layer}", graphs, "its parts differ in their graph")
     zones, profiles = [b.zones for b in blocks], [b.profile for b in blocks]
     scans = [b.scan for b in blocks]
-    for name, arrays in (("zones", zones), ("profile", profiles), ("scan", scans)):
+    masses = [b.key_mass for b in blocks]
+    for name, arrays in (("zones", zones), ("profile", profiles), ("scan", scans), ("mass", masses)):
         if len({array is None for array in arrays}) != 1:
             there = [array is not None for array in arrays]
             raise IntegrityError(f"{manifest.path}: layer {first.layer}: {name}", there, "not in all of its parts")
@@ -85,6 +86,7 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         scan=None if scans[0] is None else joined([scan for scan in scans if scan is not None]),
         zones=None if zones[0] is None else np.concatenate([z for z in zones if z is not None]),
         profile=None if profiles[0] is None else np.concatenate([p for p in profiles if p is not None]),
+        key_mass=None if masses[0] is None else np.concatenate([m for m in masses if m is not None]),
         index_start=first.index_start,
         key_codes=joined_codes(coded[0]) if coded[0] else None,
         value_codes=joined_codes(coded[1]) if coded[1] else None,

@@ -17,6 +17,8 @@ from rabatch.storage.packed_ids import is_ascending, packed_width
 
 PACKED = 0
 """As a width of neighbors: packed, see `rabatch.storage.packed_ids`."""
+MASS_BYTES = 4
+"""A float32."""
 STATES: tuple[Of, Of] = ("key", "value")
 _SIZES = ("head_dim", "degree", "neighbor_width", "index_start", "index_rows")
 
@@ -29,7 +31,7 @@ class Layout:
         item_bytes: Of a number of `dtype`.
         neighbor_width: Bytes of a link's id, or `PACKED`.
         index_start, index_rows: Rows of the index.
-        scan_width, zone_width: Bytes of a key's scan codes, and of its zone; 0 for none.
+        scan_width, zone_width, mass_width: Bytes of a key's scan codes, of its zone and of its mass; 0 for none.
         codecs: Of keys and of values.
     """
 
@@ -42,6 +44,7 @@ class Layout:
     index_rows: int
     scan_width: int
     zone_width: int
+    mass_width: int
     codecs: tuple[str, str]
 
     @classmethod
@@ -63,6 +66,7 @@ class Layout:
             index_rows=block.index_rows,
             scan_width=0 if block.scan is None else block.scan.code_width,
             zone_width=0 if block.zones is None else id_width(n_zones),
+            mass_width=0 if block.key_mass is None else MASS_BYTES,
             codecs=block.codecs,
         )
 
@@ -79,6 +83,9 @@ class Layout:
         fix = f"must be 0, or of head_dim {head_dim}: {-(-head_dim // 4)}"
         rule(type(scan_width) is int and scan_width in (0, -(-head_dim // 4)), "code_width", scan_width, fix)
         rule(type(zone_width) is int and zone_width in (0, 2, 4), "zone_width", zone_width, "must be 0, 2 or 4")
+        mass_width = meta.get("mass_width", 0)
+        fix = f"must be 0 or {MASS_BYTES}"
+        rule(type(mass_width) is int and mass_width in (0, MASS_BYTES), "mass_width", mass_width, fix)
         codecs = tuple(meta.get(f"{of}_codec", "none") for of in STATES)
         for of, codec in zip(STATES, codecs, strict=True):
             rule(codec == "none" or codec in BITS, f"{of}_codec", codec, f"must be none or one of {', '.join(BITS)}")
@@ -95,6 +102,7 @@ class Layout:
             index_rows=meta["index_rows"],
             scan_width=scan_width,
             zone_width=zone_width,
+            mass_width=mass_width,
             codecs=codecs,  # type: ignore[arg-type]
         )
 
@@ -119,6 +127,7 @@ class Layout:
             "index_start": self.index_start,
             "index_rows": self.index_rows,
             "zone_width": self.zone_width,
+            **({"mass_width": self.mass_width} if self.mass_width else {}),  # parts without are as before there was any
             **codecs,
         }
 
@@ -133,6 +142,7 @@ class Layout:
         columns["neighbors"] = self.neighbor_bytes if self.graph else 0, self.neighbor_width == PACKED
         columns["code"] = self.scan_width, False
         columns["zone"] = self.zone_width, False
+        columns["mass"] = self.mass_width, True
         return {name: column for name, column in columns.items() if column[0]}
 
     def schema(self) -> pa.Schema:

@@ -110,6 +110,9 @@ def _columns(block: LayerBlock, layout: Layout, head: int) -> dict[str, pa.Array
         columns["code"] = binary_rows(block.scan.codes[head], **place)
     if block.zones is not None:
         columns["zone"] = binary_ids(block.zones[head][:, None], **place, width=layout.zone_width)
+    if block.key_mass is not None:
+        mass = np.ascontiguousarray(block.key_mass[head], "<f4").view(np.uint8).reshape(-1, layout.mass_width)
+        columns["mass"] = some_rows(mass, layout.held("mass", rows))
     return columns
 
 
@@ -205,6 +208,7 @@ def _decode_layer(
         scan=scan,
         zones=arrays["zone"] if layout.zone_width else None,
         profile=_profile_of(meta, stored, heads, name),
+        key_mass=arrays["mass"].view("<f4")[..., 0] if layout.mass_width else None,
         index_start=layout.index_start,
         key_codes=coded["key"],
         value_codes=coded["value"],
@@ -227,6 +231,7 @@ def _arrays(layout: Layout, n_heads: int, rows: int) -> dict[str, NDArray[Any]]:
         "neighbors": np.empty((*indexed, layout.degree), np.int32),
         "code": np.empty((*indexed, layout.scan_width), np.uint8),
         "zone": np.empty(indexed, np.int32),
+        "mass": np.empty((*indexed, layout.mass_width), np.uint8),
     }
     for of, codec in zip(STATES, layout.codecs, strict=True):
         for name in (of, f"{of}_code", f"{of}_group"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
+from rabatch.attention.key_mass import key_mass
 from rabatch.attention.outbox import Outbox
 from rabatch.attention.sampling import ContextSample
 from rabatch.attention.seam import AttentionCall
@@ -21,6 +22,7 @@ class PrefillCapture:
         outbox: Brings results to the host.
         unsampled: Layers of which no best keys are wanted, as no head of theirs gets an index. Of a layer in which some
             heads do, the lists of all are made, as one pass over the scores makes them.
+        key_mass: Whether the attention of the sampled queries is also summed by key.
 
     Attributes:
         chunk_start: Where the chunk of the next call starts in the row of all contexts' tokens.
@@ -28,9 +30,17 @@ class PrefillCapture:
         logits: By layer, as `windows`: the factor on q . k, and the bound of the result, 0 for none.
     """
 
-    def __init__(self, contexts: Sequence[ContextSample], outbox: Outbox, *, unsampled: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        contexts: Sequence[ContextSample],
+        outbox: Outbox,
+        *,
+        unsampled: Set[int] = frozenset(),
+        key_mass: bool = False,
+    ) -> None:
         self.contexts = list(contexts)
         self.unsampled = unsampled
+        self.key_mass = key_mass
         self.chunk_start = 0
         self.windows: dict[int, int] = {}
         self.logits: dict[int, tuple[float, float]] = {}
@@ -53,6 +63,8 @@ class PrefillCapture:
         )
         if sampling:
             self._keep(call, stretches, found.ids)
+            if self.key_mass:
+                self._add_mass(call, stretches, found.lse)
         return found.out.transpose(0, 1)[None]
 
     def _stretches(self, n_rows: int) -> list[tuple[Span, ContextSample, Tensor]]:
@@ -103,3 +115,21 @@ class PrefillCapture:
                 self._outbox.send(vectors.unflatten(0, (n_kv, group))),
             )
             done += count
+
+    def _add_mass(self, call: AttentionCall, stretches: list[tuple[Span, ContextSample, Tensor]], lse: Tensor) -> None:
+        """How much the sampled queries of the chunk attend each key."""
+        for span, context, chosen in stretches:
+            positions = context.positions[chosen].to(call.query.device)
+            if not len(positions):
+                continue
+            rows = positions + span.first_key - self.chunk_start
+            mass = key_mass(
+                call.query[0].index_select(1, rows),
+                lse.index_select(1, rows),
+                call.key[0][:, span.first_key : span.at + span.row_stop - span.row_start],
+                positions,
+                index_range=context.index_range,
+                scaling=call.scaling,
+                softcap=call.softcap,
+            )
+            context.add_mass(call.layer, mass)

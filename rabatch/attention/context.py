@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from rabatch.attention.merge import Partial, dense_partial, logits, merge
 from rabatch.attention.overlay import Overlays
 from rabatch.attention.recall import RecallSampler
 from rabatch.attention.seam import AttentionCall
+from rabatch.attention.seen import Seen, SeenBySlot
+from rabatch.attention.selection import Asked, Observed, Selection, spread_out
 from rabatch.attention.sets import Found, attend_sets
 from rabatch.attention.shared import attend_several
 from rabatch.attention.step import attend_compiled
@@ -22,22 +23,6 @@ from rabatch.config import Recipe
 
 _OBSERVED = 8
 """Keys per row that evidence is drawn from where attention is exact and names its best keys only."""
-
-
-class Seen(NamedTuple):
-    """What the attention of one question saw.
-
-    Attributes:
-        mass: [context_tokens], float32: where the attention of its answering tokens went, summed over heads and tokens.
-        attended_share: Context keys attended / context keys, mean over tokens, query heads and full-attention layers.
-        mass_share: Softmax mass held by the keys attended, mean likewise; of the mass of the others the estimate by
-            zones counts, and what streaming heads do not keep has none. None: nothing was estimated, so it is not
-            known, or no layer has full attention.
-    """
-
-    mass: np.ndarray
-    attended_share: float
-    mass_share: float | None
 
 
 class QuestionAttention:
@@ -49,6 +34,7 @@ class QuestionAttention:
         slots: Questions under way at the same time, at most.
         recipe: What generated and question tokens attend.
         device: Of the model.
+        selection: Which keys they attend beyond the static set. None: those that the recipe's index finds.
         recall: Looks at some of the searches.
 
     Attributes:
@@ -64,19 +50,19 @@ class QuestionAttention:
         slots: int,
         recipe: Recipe,
         device: torch.device | str = "cpu",
+        selection: Selection | None = None,
         recall: RecallSampler | None = None,
     ) -> None:
         self.layers = layers
         self.recall = recall
         self.context_tokens = context_tokens
         self.recipe = recipe
+        self.selection = selection or Selection(recipe.method)
         device = torch.device(device)
         self.compiled = device.type == "cpu"
         self.tails = Tails(len(layers), slots, device)
         self.overlays = Overlays(self.tails, len(layers), slots, recipe.tail_tokens)
-        self._attended, self._share, self._queries = np.zeros(slots), np.zeros(slots), np.zeros(slots)
-        self._known = np.ones(slots, bool)
-        self._mass = np.zeros((slots, context_tokens), dtype=np.float32)
+        self._seen = SeenBySlot(slots, context_tokens)
         self._slots = slice(0, 0)
         self._question = False
 
@@ -99,26 +85,18 @@ class QuestionAttention:
     def clear(self, slot: int) -> None:
         """Make a slot ready for another question."""
         self.tails.clear(slot)
-        self.overlays.clear(slot)
-        for kept in (self._attended, self._share, self._queries, self._mass):
-            kept[slot] = 0
-        self._known[slot] = True
+        for kept in (self.overlays, self.selection, self._seen):
+            kept.clear(slot)  # type: ignore[attr-defined]
 
     def move(self, source: int, target: int) -> None:
         """Put the question of one slot into another."""
         self.tails.move(source, target)
-        self.overlays.move(source, target)
-        for kept in (self._attended, self._share, self._queries, self._known, self._mass):
-            kept[target] = kept[source]
+        for kept in (self.overlays, self.selection, self._seen):
+            kept.move(source, target)  # type: ignore[attr-defined]
 
     def seen(self, slot: int) -> Seen:
         """What the question of a slot has seen so far."""
-        queries = max(self._queries[slot], 1)
-        return Seen(
-            self._mass[slot].copy(),
-            float(self._attended[slot] / queries / max(self.context_tokens, 1)),
-            float(self._share[slot] / queries) if self._known[slot] and self._queries[slot] else None,
-        )
+        return self._seen.of(slot)
 
     def attend(self, call: AttentionCall) -> Tensor:
         batch, heads, q_tokens, dim = call.query.shape
@@ -127,8 +105,8 @@ class QuestionAttention:
         layer = self.layers[call.layer]
         states = self.tails.append(call.layer, call.key, call.value)
         if not call.sliding_window:
-            self._queries[self._slots] += self.tails.counts.cpu().numpy()
-            if not self._exact:
+            self._seen.queries[self._slots] += self.tails.counts.cpu().numpy()
+            if not (self._exact or layer.dense):
                 return self._sparse(call, layer, grouped, states).to(call.query.dtype)
         rows = grouped.transpose(0, 1).reshape(n_kv, -1, dim)  # [n_kv, batch * group * q_tokens, dim]
         tail = self._tail(call, grouped, states)
@@ -142,10 +120,9 @@ class QuestionAttention:
     @property
     def _exact(self) -> bool:
         """Whether the tokens of this pass attend every key of the context."""
-        method = self.recipe.method
-        return method == "dense" or (
-            method != "streaming" and self._question and self.recipe.question_attention == "exact"
-        )
+        recipe = self.recipe
+        questions = recipe.question_attention == "exact" and recipe.method != "streaming"
+        return recipe.method == "dense" or (self._question and (questions or recipe.observes_questions))
 
     def _sparse(
         self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, states: tuple[Tensor, Tensor]
@@ -178,16 +155,10 @@ class QuestionAttention:
 
         def find() -> Found:
             rows = host[:, real].numpy()
-            some = layer.find(rows, self.recipe.method)
+            some = self.selection.find(Asked(call, layer, number, rows, real, self._slots.start))
             if self.recall is not None:
                 self.recall.look(layer, rows, some.ids)
-            if bool(real.all()):
-                found = some
-            else:
-                shape = (n_kv, len(real), some.ids.shape[2])
-                found = Found(torch.full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64))
-                found.scores[:, real], found.ids[:, real] = some
-            n_keys = layer.shape[1]
+            n_keys, found = layer.shape[1], spread_out(some, real)
             found = self.overlays.join(
                 call.layer, self._slots, host, found, k=self.recipe.top_k, n_keys=n_keys, group=number
             )
@@ -204,12 +175,12 @@ class QuestionAttention:
             counts,
             scaling=call.scaling,
             softcap=call.softcap,
-            goal=self.recipe.mass if self.recipe.budget == "mass" else 1.0,
-            mass=self._mass[self._slots],
+            goal=self.recipe.mass if self.recipe.budget_in_use == "mass" else 1.0,
+            mass=self._seen.mass[self._slots],
         )
-        self._count(attended.keys, attended.share, n_kv / call.key.shape[1])
+        self._seen.count(self._slots, attended.keys, attended.share, n_kv / call.key.shape[1])
         if layer.index_stop > layer.index_start and layer.zones is None:
-            self._known[self._slots] = False
+            self._seen.known[self._slots] = False
         return attended.out
 
     def _tail(self, call: AttentionCall, grouped: Tensor, states: tuple[Tensor, Tensor]) -> Partial:
@@ -244,17 +215,17 @@ class QuestionAttention:
     def _dense(self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial) -> Tensor:
         """The tail, and every key of the context that is kept: [n_kv, n_rows, head_dim]."""
         if layer.streaming is None:
-            return self._dense_group(call, layer, rows, tail, 1.0)
+            return self._dense_group(call, layer, 0, rows, tail)
         out = torch.empty_like(tail.out)
-        for group in layer.groups:
+        for number, group in enumerate(layer.groups):
             own = Partial(tail.out[group.heads], tail.lse[group.heads])
-            out[group.heads] = self._dense_group(call, group, rows[group.heads], own, len(group.keys) / len(rows))
+            out[group.heads] = self._dense_group(call, group, number, rows[group.heads], own)
         return out
 
     def _dense_group(
-        self, call: AttentionCall, layer: ContextLayer, rows: Tensor, tail: Partial, weight: float
+        self, call: AttentionCall, layer: ContextLayer, number: int, rows: Tensor, tail: Partial
     ) -> Tensor:
-        """Some KV heads of a layer, `weight` of all of them."""
+        """Some KV heads of a layer, its group `number`."""
         scaling, softcap = call.scaling, call.softcap
         best = None
         n_keys, keys = layer.shape[1], layer.keys
@@ -264,19 +235,15 @@ class QuestionAttention:
             keys, values = layer.whole()
             partial = dense_partial(rows, keys, values, scaling=scaling, softcap=softcap)
         counts = self.tails.counts.cpu().numpy()
-        self._count(counts * n_keys, counts.astype(np.float64), weight)
+        weight = len(rows) / call.key.shape[1]
+        self._seen.count(self._slots, counts * n_keys, counts.astype(np.float64), weight)
         merged = merge([tail, partial])
+        if self._question:
+            shape = (len(rows), len(counts), -1, call.query.shape[2])
+            apart = rows.reshape(*shape, rows.shape[2]), merged.lse.reshape(shape)
+            self.selection.observe(Observed(call, layer, number, *apart, counts.tolist(), self._slots.start))
         self._observe(call, rows, layer, keys, best, merged.lse)
         return merged.out
-
-    def _count(self, keys: np.ndarray, share: np.ndarray, weight: float) -> None:
-        """Context keys attended and softmax mass held by each question of the pass, summed over its tokens.
-
-        Args:
-            weight: Share of the layer's heads that they are the means of.
-        """
-        self._attended[self._slots] += weight * keys
-        self._share[self._slots] += weight * share
 
     def _observe(
         self,
@@ -314,4 +281,4 @@ class QuestionAttention:
             weights = weights.masked_fill(picked < 0, 0.0).permute(1, 0, 2, 3).reshape(batch, -1)
             places = layer.positions[picked.clamp_min(0)].permute(1, 0, 2, 3).reshape(batch, -1)
             mass.scatter_add_(1, places, weights)
-        self._mass[self._slots] += mass.cpu().numpy()
+        self._seen.mass[self._slots] += mass.cpu().numpy()

@@ -15,7 +15,7 @@ from rabatch.attention.coded import CodedRows
 from rabatch.attention.sets import Found, StaticSet, Zones, stored_bits
 from rabatch.attention.shared import SharedKeys
 from rabatch.config import Recipe
-from rabatch.index.base import KeyIndex
+from rabatch.index.base import Searchable, SearchResult
 from rabatch.index.zones import zone_sums
 
 
@@ -31,7 +31,8 @@ class ContextLayer:
         index_start, index_stop: Rows the key index holds; the others are the static set.
         budget: int64 [n_kv_heads]: keys retrieved per query head.
         indexes: By method, a key index of the KV heads whose `budget` is not 0; none where nothing is retrieved
-            (recipes dense and streaming, sliding layers), several under recipe auto.
+            (recipes dense and streaming, sliding and dense layers), several under recipe auto.
+        dense: Every query attends every key that is kept, whatever the recipe.
         zones: int32 [n_kv_heads, index_stop - index_start], the zone of each key of the index; None: what is not
             retrieved is not estimated.
         left_out: Tokens between row `index_start` - 1 and the next that streaming heads do not keep.
@@ -46,13 +47,14 @@ class ContextLayer:
     index_start: int
     index_stop: int
     budget: NDArray[np.int64]
-    indexes: Mapping[str, KeyIndex] = field(default_factory=dict)
+    indexes: Mapping[str, Searchable] = field(default_factory=dict)
     zones: NDArray[np.int32] | None = None
     left_out: int = 0
     heads: Tensor | None = None
     streaming: ContextLayer | None = None
     key_codes: CodedRows | None = None
     value_codes: CodedRows | None = None
+    dense: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,7 +148,7 @@ class ContextLayer:
         for group in self.groups:
             if recipe.method != "dense":
                 _ = group.static.panels if on_cpu else group.static
-            if recipe.attends_all and group.shape[1]:
+            if (recipe.attends_all or self.dense) and group.shape[1]:
                 _ = group.positions
                 if on_cpu:
                     _ = group.shared
@@ -158,15 +160,20 @@ class ContextLayer:
             method: Which of `indexes`; nothing is found where there is none of it.
             rows: [n_kv_heads, n_rows, head_dim].
         """
-        n_kv, n_rows, _ = rows.shape
-        index = self.indexes.get(method)
-        k = 0 if index is None else min(int(self.budget.max()), index.n_keys)
+        index, heads = self.indexes.get(method), np.flatnonzero(self.budget)
+        if index is None or not rows.shape[1] or not len(heads):
+            return self.found(None, rows.shape[1])
+        k = min(int(self.budget.max()), index.n_keys)
+        return self.found(index.search(np.ascontiguousarray(rows[heads]), k=k), rows.shape[1])
+
+    def found(self, result: SearchResult | None, n_rows: int) -> Found:
+        """What was found for `n_rows` of the KV heads whose `budget` is not 0, as rows of the layer; of a head no more
+        than its budget. None: nothing."""
+        n_kv, heads, k = len(self.keys), np.flatnonzero(self.budget), 0 if result is None else result.ids.shape[2]
         scores = torch.full((n_kv, n_rows, k), -torch.inf)
         ids = torch.full((n_kv, n_rows, k), -1, dtype=torch.int64)
-        if k and n_rows and index is not None:
-            heads = np.flatnonzero(self.budget)
-            found = index.search(np.ascontiguousarray(rows[heads]), k=k)
-            past = (np.arange(k) >= self.budget[heads, None, None]) | (found.ids < 0)
-            ids[heads] = torch.from_numpy(np.where(past, -1, found.ids.astype(np.int64) + self.index_start))
-            scores[heads] = torch.from_numpy(np.where(past, np.float32(-np.inf), found.scores))
+        if result is not None:
+            past = (np.arange(k) >= self.budget[heads, None, None]) | (result.ids < 0)
+            ids[heads] = torch.from_numpy(np.where(past, -1, result.ids.astype(np.int64) + self.index_start))
+            scores[heads] = torch.from_numpy(np.where(past, np.float32(-np.inf), result.scores))
         return Found(scores, ids)

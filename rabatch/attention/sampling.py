@@ -35,7 +35,7 @@ class ContextSample:
         top_k: int,
         sample_vectors: int,
     ) -> None:
-        start, stop = index_range
+        start, stop = self.index_range = index_range
         self.context_tokens = context_tokens
         self.top_k = top_k
         self.index_start = start
@@ -52,6 +52,7 @@ class ContextSample:
         # By layer, of every chunk: [n_kv, query heads of the group, sampled positions, top_k or head_dim].
         self._lists: dict[int, list[Tensor]] = {}
         self._vectors: dict[int, list[Tensor]] = {}
+        self._mass: dict[int, Tensor] = {}
 
     def between(self, start: int, stop: int) -> Tensor:
         """Which of the sampled positions lie in start .. stop - 1: bool [n_sampled]."""
@@ -71,6 +72,15 @@ class ContextSample:
         of the chunk's sampled positions and of those of them that `has_vector`."""
         self._lists.setdefault(layer, []).append(lists)
         self._vectors.setdefault(layer, []).append(vectors)
+
+    def add_mass(self, layer: int, mass: Tensor) -> None:
+        """Enter how much one chunk's sampled queries attended the keys of the index, float32 [n_kv, keys]."""
+        self._mass[layer] = self._mass[layer] + mass if layer in self._mass else mass
+
+    def mass_of_heads(self, layer: int, head_start: int, head_stop: int) -> Tensor:
+        """What all sampled queries together did, float32 [heads, keys of the index]; [heads, 0] if none was entered."""
+        mass = self._mass.get(layer)
+        return torch.empty((head_stop - head_start, 0)) if mass is None else mass[head_start:head_stop]
 
     def of_heads(self, layer: int, head_start: int, head_stop: int) -> tuple[Tensor, Tensor]:
         """Lists of the sampled queries of all query heads of each KV head, and the vectors behind the first of them.

@@ -308,7 +308,7 @@ def test_padding_queries_count_nothing() -> None:
     attention.begin(0, [5, 2], question=True)
     out = attention.attend(AttentionCall(0, query, tail, tail, 0.5, None, 0))
     assert torch.isfinite(out).all()
-    np.testing.assert_array_equal(attention._queries, [5, 2])
+    np.testing.assert_array_equal(attention._seen.queries, [5, 2])
     assert [attention.seen(slot).attended_share for slot in (0, 1)] == pytest.approx([0.4, 0.4])
 
 

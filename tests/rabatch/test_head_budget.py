@@ -85,3 +85,19 @@ def test_settings_are_checked(field: str, value: object) -> None:
 )
 def test_candidates_of_a_search(method, n_keys, search_list, candidates):
     assert Recipe(method=method, top_k=100, search_list=search_list).candidates(n_keys) == candidates
+
+
+def test_methods_that_are_compared_with_have_fixed_budgets_or_the_pyramid() -> None:
+    concentrated = profile(0.1, k8=0.99)
+    for method in ("ivf", "quest", "snapkv", "h2o", "infinigen"):
+        for budget in ("auto", "profile", "mass", "fixed"):
+            recipe = Recipe(method=method, budget=budget, top_k=96)  # type: ignore[arg-type]
+            assert of(recipe, concentrated) == [96]
+    falling = [of(Recipe(method="pyramidkv"), layer=layer)[0] for layer in range(5)]
+    assert falling == [of(Recipe(budget="pyramid"), layer=layer)[0] for layer in range(5)]
+    assert falling == [of(Recipe(method="snapkv", budget="pyramid"), layer=layer)[0] for layer in range(5)]
+
+
+def test_quest_takes_whole_pages() -> None:
+    assert of(Recipe(method="quest", top_k=20)) == [32, 32]
+    assert of(Recipe(method="quest", top_k=32)) == [32, 32]

@@ -54,12 +54,13 @@ def make_block(
     coded: bool | None = None,
     n_zones: int | None = 4,
     profiled: bool = True,
+    massed: bool = False,
     first_position: int = 0,
     seed: int = 0,
 ) -> LayerBlock:
     torch_random, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     keys, values = (torch.randn(n_heads, rows, head_dim, generator=torch_random).to(dtype) for _ in range(2))
-    neighbors = entries = scan = zones = profile = None
+    neighbors = entries = scan = zones = profile = mass = None
     coded = degree is not None if coded is None else coded  # unless told, with a graph and only then
     if degree is not None:
         neighbors = random.integers(-1, max(index_rows, 0), (n_heads, index_rows, degree)).astype(np.int32)
@@ -72,6 +73,8 @@ def make_block(
             zones = random.integers(0, max(min(n_zones, index_rows), 1), (n_heads, index_rows)).astype(np.int32)
         if profiled:
             profile = np.sort(random.random((n_heads, PROFILE_NUMBERS), np.float32), axis=1)
+        if massed:
+            mass = random.random((n_heads, index_rows), np.float32)
     return LayerBlock(
         layer=layer,
         head_start=0,
@@ -83,6 +86,7 @@ def make_block(
         scan=scan,
         zones=zones,
         profile=profile,
+        key_mass=mass,
         index_start=index_start if degree is not None or coded else 0,
     )
 

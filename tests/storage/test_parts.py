@@ -41,6 +41,7 @@ def blocks(draw: st.DrawFn) -> LayerBlock:
         n_entries=draw(st.integers(0, 4)),
         n_zones=draw(st.none() | st.integers(1, 9)),
         profiled=draw(st.booleans()),
+        massed=draw(st.booleans()),
         first_position=draw(st.integers(0, 1000)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -102,9 +103,9 @@ def test_zone_width_follows_the_number_of_zones(n_zones: int, width: int) -> Non
     assert decode_layer(stored, name="part").equals(block)
 
 
-def test_equality_sees_zones_and_profiles() -> None:
-    block = make_block()
-    for name in ("zones", "profile"):
+def test_equality_sees_zones_profiles_and_mass() -> None:
+    block = make_block(massed=True)
+    for name in ("zones", "profile", "key_mass"):
         changed = getattr(block, name).copy()
         changed[1, -1] = changed[1, -2]
         for other in (changed, None):
@@ -190,6 +191,32 @@ def test_layout_is_the_documented_one() -> None:
     assert file.read_row_group(0).column("code")[0].as_py() == b"\0\0"
 
 
+def test_mass_takes_four_bytes_per_key_of_the_index_and_nothing_where_it_is_not_kept() -> None:
+    block, without = make_block(massed=True), make_block()
+    stored, plain = (pq.ParquetFile(pa.BufferReader(encode_layer(b, **NAMED))) for b in (block, without))
+    assert "mass" not in plain.schema_arrow.names
+    assert b"mass_width" not in plain.schema_arrow.metadata
+    assert json.loads(stored.schema_arrow.metadata[b"mass_width"]) == 4
+    assert block.key_mass is not None
+    column = stored.read_row_group(1).column("mass").to_pylist()
+    assert column == [None] * 3 + [value.tobytes() for value in block.key_mass[1]] + [None] * 5
+    back = decode_layer(encode_layer(block, **NAMED), name="part", heads=range(1, 2))
+    assert back.key_mass is not None
+    assert (back.key_mass.tolist(), back.key_mass.dtype) == ([block.key_mass[1].tolist()], np.float32)
+
+
+@pytest.mark.parametrize("width", [0, 2, 8, True, None, "4"])
+def test_lying_mass_is_refused(width: object) -> None:
+    file = pq.ParquetFile(pa.BufferReader(encode_layer(make_block(massed=True), **NAMED)))
+    metadata = {**file.schema_arrow.metadata, b"mass_width": json.dumps(width).encode()}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, file.schema_arrow.with_metadata(metadata), use_dictionary=False) as writer:
+        for i in range(2):
+            writer.write_table(file.read_row_group(i).replace_schema_metadata(metadata))
+    with pytest.raises(IntegrityError, match="the-part"):
+        decode_layer(sink.getvalue(), name="the-part", expect=NAMED)
+
+
 def test_split_covers_the_heads() -> None:
     block = make_block(n_heads=5)
     pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4 + 4 + 2)))
@@ -217,6 +244,11 @@ def test_split_covers_the_heads() -> None:
         ({"zones": np.zeros((2, 12), np.int64)}, "zones"),
         ({**BARE, "profile": None, "zones": np.zeros((2, 0), np.int32)}, "zones"),
         ({**BARE, "zones": None}, "profile"),
+        ({"key_mass": np.zeros((2, 11), np.float32)}, "mass"),
+        ({"key_mass": np.zeros((2, 12))}, "mass"),
+        ({"key_mass": np.full((2, 12), -1, np.float32)}, "mass"),
+        ({"key_mass": np.full((2, 12), np.nan, np.float32)}, "mass"),
+        ({**BARE, "zones": None, "profile": None, "key_mass": np.zeros((2, 0), np.float32)}, "mass"),
         ({"scan": codes(codes=np.zeros((2, 11, 2), np.uint8))}, "codes"),
         ({"scan": codes(codes=np.zeros((2, 12, 3), np.uint8))}, "codes"),
         ({"scan": codes(codes=np.zeros((2, 12, 2), np.int8))}, "codes"),
