@@ -124,7 +124,6 @@ def open_context(
 
     def read(number: int) -> ContextLayer:
         with _naming(manifest):
-            # Once: a digest takes longer than all the rest of reading a part from the page cache.
             keeping, streaming = read_layer(store, manifest, recipe, number)
             layer = _whole_layer(keeping, streaming, narrowed(manifest, recipe), recipe, loaded, threads)
         if not manifest.geometry.sliding_windows[number]:

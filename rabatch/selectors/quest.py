@@ -12,7 +12,7 @@ from rabatch.index.rerank import rerank
 from rabatch.selectors.opening import Opening
 
 PAGE_KEYS = 16
-"""Of consecutive tokens (section 3.2)."""
+"""Of consecutive tokens."""
 
 
 class QuestIndex:
