@@ -67,14 +67,12 @@ def test_wrong_recipes_are_named(recipes, reason):
 
 
 def test_duo_gives_a_recipe_its_heads():
-    """Without those fields of `Recipe` the error names them; with them they are set."""
+    """Those that all recipes share, or its own sparsity or threshold."""
     heads = {"head_pattern": [[1.0, 0.0]], "head_sparsity": None, "head_threshold": 0.5}
-    if "head_pattern" not in Recipe.__dataclass_fields__:
-        with pytest.raises(ConfigError, match="head_pattern"):
-            named_recipes("duo+graph", heads)
-    else:
-        recipe = named_recipes("duo+graph,graph", heads)["duo+graph"]
-        assert (recipe.method, recipe.head_pattern) == ("graph", ((True, False),))
+    recipe = named_recipes("duo+graph,graph", heads)["duo+graph"]
+    assert (recipe.method, recipe.head_pattern) == ("graph", ((True, False),))
+    own = named_recipes("duo+scan:head_threshold=0", heads)["duo+scan:head_threshold=0"]
+    assert (own.method, own.head_pattern) == ("scan", ((True, True),))
     assert named_recipes("graph", heads) == {"graph": Recipe()}
 
 
@@ -82,6 +80,7 @@ def test_one_build_serves_all_recipes():
     config = BuildConfig(window_tokens=64)
     assert build_for(named_recipes("dense,graph"), config) == config
     assert build_for(named_recipes("scan")) == BuildConfig()
+    assert build_for(named_recipes("dense,h2o"), config) == BuildConfig(window_tokens=64, key_mass=True)
 
 
 # questions ------------------------------------------------------------------------------------------------------
@@ -295,6 +294,14 @@ def test_a_recipe_needs_its_columns_only():
     assert needed(method="dense") < needed(method="scan", estimate=False) < needed(method="scan")
     assert needed(method="dense") < needed(method="graph", estimate=False) < needed(method="graph")
     assert needed(method="auto") == built_bytes(tokens, GEOMETRY, build)
+    half = needed(method="graph", head_pattern=[[1, 0], [0, 1]])
+    assert half == pytest.approx((needed(method="graph") + needed(method="streaming")) / 2, rel=0.01)
+    massive = BuildConfig(key_mass=True)
+    mass = needed_bytes(Recipe(method="h2o"), tokens, GEOMETRY, massive) - needed(method="dense")
+    assert mass == pytest.approx(4 * 2 * 2 * sum(tokens), rel=0.15)
+    assert needed_bytes(Recipe(method="graph"), tokens, GEOMETRY, massive) == pytest.approx(
+        needed(method="graph"), rel=0.01
+    )
 
 
 # tables and pictures --------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rabatch.cli_arguments import Parser, add_answer, answer_settings
 from rabatch import config
+from rabatch.cli_arguments import Parser, add_answer, answer_settings
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
 from rabatch.decode import answer_batch
@@ -28,7 +28,9 @@ from rabatch.storage.store import IndexStore
 from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import save_tiny_model
 
-BUILD = BuildConfig(sink_tokens=8, window_tokens=32, kv_dtype="float32", prefill_chunk_tokens=128, query_top_k=16, key_mass=True)
+BUILD = BuildConfig(
+    sink_tokens=8, window_tokens=32, kv_dtype="float32", prefill_chunk_tokens=128, query_top_k=16, key_mass=True
+)
 CODED = dataclasses.replace(BUILD, key_codec="int8", value_codec="kivi2")
 QUESTIONS = ["What is the gate code?", "Who manages the old mill near the river, and why?", "When?"]
 METHODS = [m for m in config.METHODS if m != "auto"]
