@@ -63,7 +63,8 @@ def answer(
 
     Args:
         questions: A path or fsspec URL (.jsonl, .parquet), a `ray.data.Dataset`, a `pyarrow.Table` or a list of dicts,
-            with `question`, and optionally `question_id`, `document_id` and `expected`.
+            with `question`, and optionally `question_id`, `document_id`, `expected`, `answer_prefix` (how the answer
+            begins; the prompt ends with it) and `max_new_tokens` (longest answer to this question).
         store: Path or fsspec URL of the index store.
         model: Settings, or a hub name or path; must be the one the store was built with.
         recipe: How the context is attended, or the name of a method.
@@ -142,7 +143,8 @@ def answer(
                 failed, tally = json.loads(told["failed"]), Tally.from_json(told["tally"])
                 if job.take(batch, failed=failed, tally=tally, data=told["answers"]):
                     seen, recall = json.loads(told["seen"]), json.loads(told["recall"])
-                    observer.answered(seen, fingerprint=batch.stored.fingerprint, recall=recall)
+                    of = {"document_id": batch.stored.document_id, "fingerprint": batch.stored.fingerprint}
+                    observer.answered(seen, **of, recall=recall)
             lost = job.open_pairs()
             batches = []
             if lost and cluster.lost_machine_since(dead):  # what it has taken with it is asked again

@@ -27,6 +27,8 @@ WINDOW_ROWS = 10_000
 """Rows that are in memory at a time, of those that are read back."""
 _PART_ROWS = 20_000
 _PART_BYTES = 64 << 20
+_TOLD = ("question_id", "question", "expected", "answer_prefix", "max_new_tokens")
+"""What an actor is told of a question."""
 _SEEN_COLUMNS = ["question_id", "document_id", "status", "answer", "attended_share", "answer_key"]
 
 Row: TypeAlias = dict[str, Any]
@@ -99,7 +101,7 @@ class Asked:
     def asks(self, batch: Batch) -> Row:
         """A batch as an actor takes it."""
         asked = [self.questions[self.pairs[number].order] for number in batch.pairs]
-        questions = [{name: q[name] for name in ("question_id", "question", "expected")} for q in asked]
+        questions = [{name: q[name] for name in _TOLD} for q in asked]
         return {"name": batch.name, "questions": questions, "keys": [self.pairs[number].key for number in batch.pairs]}
 
     def all_questions(self) -> Iterator[Row]:

@@ -164,7 +164,8 @@ def join(questions: Sequence[dict[str, Any]], catalog: Catalog, keys: AnswerKeys
                 reason = f"question_id is the same as that of {source}, which is answered; give it another id"
                 refused.append(Refused(order, index.document_id, reason))
                 continue
-            about = {"content_sha256": index.content_sha256, "fingerprint": index.fingerprint}
+            about: dict[str, Any] = {"content_sha256": index.content_sha256, "fingerprint": index.fingerprint}
+            about |= {name: question[name] for name in ("answer_prefix", "max_new_tokens")}
             key = keys.answer(question["question_id"], question["question"], document_id=index.document_id, **about)
             pairs.append(Pair(order, index, key))
     return pairs, refused

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rabatch import cli_arguments
+from rabatch import cli_arguments, cli_evaluate
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
 from rabatch.jobs.observing import Observer
@@ -46,11 +46,12 @@ _COMMANDS = {
     "build": (cli_arguments.add_build, run_build),
     "answer": (cli_arguments.add_answer, run_answer),
     "run": (cli_arguments.add_run, run_pipeline),
+    "evaluate": (cli_evaluate.add_arguments, cli_evaluate.run),
 }
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
-    """``python -m rabatch.jobs.build``, ``.answer`` and ``.run``: the options of the command `name`."""
+    """``python -m rabatch.jobs.build``, ``.answer``, ``.run`` and ``.evaluate``: the options of the command `name`."""
     parser = cli_arguments.Parser(prog=f"python -m rabatch.jobs.{name}")
     add, command = _COMMANDS[name]
     add(parser)

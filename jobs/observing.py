@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeAlias
 
@@ -30,6 +30,9 @@ class Observer:
         report_html: Where to write the report: a path or URL that ends in ``.html``. None: nowhere.
         storage_options: Of fsspec, for the report.
 
+    Attributes:
+        told_recall: If set, is called with a document's id and the recall of searches sampled in it.
+
     Raises:
         ConfigError: `report_html` ends otherwise.
     """
@@ -46,6 +49,7 @@ class Observer:
         if self._report is not None and not self._report.endswith((".html", ".htm")):
             raise ConfigError("report_html", report_html, "must end in .html")
         self.run = Run(title)
+        self.told_recall: Callable[[str, Sequence[float]], None] | None = None
         self._visible, self._options = progress, storage_options
         self._metrics: Metrics | None = None
         self._phase: Phase | None = None
@@ -115,7 +119,9 @@ class Observer:
         metrics.stored(stored_bytes)
         self._advance(tokens=tokens)
 
-    def answered(self, answers: Iterable[Answer], *, fingerprint: str, recall: Iterable[float] = ()) -> None:
+    def answered(
+        self, answers: Iterable[Answer], *, document_id: str, fingerprint: str, recall: Sequence[float] = ()
+    ) -> None:
         """Questions of a document are answered.
 
         Args:
@@ -133,6 +139,8 @@ class Observer:
                 phase.attended.add(share)
                 metrics.attended_share.observe(share)
             self._advance(tokens=tokens)
+        if recall and self.told_recall is not None:
+            self.told_recall(document_id, recall)
         for share in recall:
             phase.recall.add(share)
             metrics.recall.observe(share)

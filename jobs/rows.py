@@ -188,9 +188,11 @@ def document_of(record: Record) -> dict[str, Any]:
 
 
 def question_of(record: Record) -> dict[str, Any]:
-    """The question in a record: `question_id, question, document_id, expected, source, error`.
+    """The question in a record: `question_id, question, document_id, expected, answer_prefix, max_new_tokens, source,
+    error`.
 
-    Without a `question_id` it is ``q-`` and 16 digits of the SHA-256 of document id and question.
+    Without a `question_id` it is ``q-`` and 16 digits of the SHA-256 of document id and question, and of the prefix and
+    the limit of the answer where the row has them.
     """
     values = record.values or {}
     error = record.error
@@ -202,13 +204,20 @@ def question_of(record: Record) -> dict[str, Any]:
     question, problem = check_text("question", values.get("question"), present="question" in values)
     error = error or problem
     expected = values.get("expected")
+    prefix, problem = check_prefix(values.get("answer_prefix"))
+    error = error or problem
+    longest, problem = check_limit(values.get("max_new_tokens"))
+    error = error or problem
     if ids["question_id"] is None:
-        content = json.dumps([ids["document_id"], question or record.source])
+        own = [value for value in (prefix, longest) if value is not None]
+        content = json.dumps([ids["document_id"], question or record.source, *own])
         ids["question_id"] = "q-" + hashlib.sha256(content.encode()).hexdigest()[:16]
     return {
         **ids,
         "question": question,
         "expected": None if expected is None else _encodable(str(expected)),
+        "answer_prefix": prefix,
+        "max_new_tokens": longest,
         "source": _encodable(record.source),
         "error": _encodable(error) if error is not None else None,
     }
@@ -250,6 +259,29 @@ def check_text(name: str, value: Any, *, present: bool) -> tuple[str, str | None
     except UnicodeEncodeError as problem:
         return _encodable(value), f"{name} holds half of a surrogate pair at character {problem.start}; repair it"
     return value, None
+
+
+def check_prefix(value: Any) -> tuple[str | None, str | None]:
+    """A question's `answer_prefix`, None if it has none, and why it is refused."""
+    if value is None or value == "":
+        return None, None
+    if not isinstance(value, str):
+        return None, f"answer_prefix is a {type(value).__name__}; it must be a string, or left out"
+    try:
+        value.encode()
+    except UnicodeEncodeError as problem:
+        return None, f"answer_prefix holds half of a surrogate pair at character {problem.start}; repair it"
+    return value, None
+
+
+def check_limit(value: Any) -> tuple[int | None, str | None]:
+    """A question's `max_new_tokens`, None if it has none, and why it is refused."""
+    if value is None:
+        return None, None
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or not 1 <= value < 1 << 31:
+        return None, f"max_new_tokens is {value!r}; it must be a whole number from 1 on, or left out"
+    return int(value), None
 
 
 def content_sha256(text: str) -> str:

@@ -102,15 +102,15 @@ def run(
         output=location,
         export=False,
         fingerprint=built.fingerprint,
-        documents=_may_be_asked(built),
+        documents=may_be_asked(built),
         definition_sha256=pipeline.digest if _is_written_down(pipeline) else None,
         **shared,
     )
     return RunResult(build=built, answers=answered, location=location, seconds=time.perf_counter() - began)
 
 
-def _may_be_asked(built: BuildResult) -> dict[str, str | None]:
-    """The pipeline's documents, and why some cannot be asked."""
+def may_be_asked(built: BuildResult) -> dict[str, str | None]:
+    """The documents of a build, and why some cannot be asked."""
     documents: dict[str, str | None] = {}
     for row in built.rows:
         if row["status"] != "failed":

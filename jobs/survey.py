@@ -121,6 +121,7 @@ class Surveyor:
                 pairs += n_documents if question["document_id"] is None else 1
                 if len(sampled) < _SAMPLE_QUESTIONS:
                     text = self._template.after_document + question["question"] + self._template.after_question
+                    text += question["answer_prefix"] or ""
                     sampled.append(len(self._tokenizer(text, add_special_tokens=False).input_ids))
         return Asked(pairs, sum(sampled) / max(1, len(sampled)), unusable)
 

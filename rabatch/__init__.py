@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rabatch.errors import RabatchError
     from rabatch.jobs.answer import answer
     from rabatch.jobs.build import build
+    from rabatch.jobs.evaluate import evaluate
     from rabatch.jobs.run import run
     from rabatch.pipeline import Pipeline
     from rabatch.storage.answers import AnswerStore
@@ -37,6 +38,7 @@ _EXPORTS = {
     "Resources": "rabatch.config",
     "answer": "rabatch.jobs.answer",
     "build": "rabatch.jobs.build",
+    "evaluate": "rabatch.jobs.evaluate",
     "run": "rabatch.jobs.run",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "Resources",
     "answer",
     "build",
+    "evaluate",
     "run",
 ]
 

@@ -10,10 +10,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rabatch import __version__, cli_answers, cli_arguments, cli_calibrate, cli_jobs, cli_report, cli_store
+from rabatch import (
+    __version__,
+    cli_answers,
+    cli_arguments,
+    cli_calibrate,
+    cli_evaluate,
+    cli_jobs,
+    cli_report,
+    cli_store,
+)
 from rabatch.cli_arguments import print_json, write_out
 
-_COMMANDS = "demo,corpus,run,build,answer,answers,calibrate,report,plan,submit,schedule,inspect,verify,compact,gc"
+_COMMANDS = "demo,corpus,run,build,answer,answers,calibrate,evaluate,report"
+_COMMANDS += ",plan,submit,schedule,inspect,verify,compact,gc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     cli_arguments.add_answer(add("answer", _answer, "answer questions from stored indexes", example))
     cli_answers.add_command(add)
     cli_calibrate.add_command(add)
+    text = "say what recipes cost in accuracy, on tasks or on a file of questions"
+    example = "--tasks niah_multikey_3,vt --lengths 2K,4K --recipes dense,streaming,graph,graph:top_k=50"
+    cli_evaluate.add_arguments(add("evaluate", cli_evaluate.run, text, example))
     example = "--store index --answers answers --report-html report.html"
     cli_report.add_arguments(add("report", cli_report.run, "write a page about what lies in the stores", example))
     cli_jobs.add_commands(add)

@@ -32,6 +32,7 @@ from rabatch.errors import ConfigError, RabatchError
 EXIT_FAILED_ROWS = 1
 EXIT_COULD_NOT_RUN = 2
 _INTERRUPTED = 130
+_ANSWERING = ("answer_actors", "questions_per_batch", "memory_bytes", "cache_dir", "cache_bytes", "recall_share")
 _LINES = 1024  # looked at and written together
 
 _BUILD, _GRAPH, _MODEL, _RECIPE = BuildConfig(), GraphConfig(), ModelConfig(), Recipe()
@@ -165,23 +166,23 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     group = parser.add_argument_group("what is stored (part of the fingerprint)")
     group.add_argument("--index", choices=INDEX_KINDS, default=_BUILD.index, help="none: keys and values only")
-    _number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
-    _number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
-    _number(group, "--graph-degree", _GRAPH.degree, "links per key")
-    _number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
-    _number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
-    _number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
-    _number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
-    _number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head that graphs are aligned by")
-    _number(group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone that estimates unretrieved keys; 0: no zones")
+    add_number(group, "--sink-tokens", _BUILD.sink_tokens, "first tokens that every query attends")
+    add_number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
+    add_number(group, "--graph-degree", _GRAPH.degree, "links per key")
+    add_number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
+    add_number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
+    add_number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
+    add_number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
+    add_number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head to align graphs by")
+    add_number(group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone that estimates unretrieved keys; 0: no zones")
     group.add_argument("--key-mass", action="store_true", help="keep how much sampled queries attend each key, for h2o")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
         group.add_argument(f"--{of}-codec", choices=CODECS, default="none", help=what)
     add_heads(group, "keep")
-    group = _add_resources(parser, "--prefill-actors", "--graph-actors")
-    _number(
+    group = add_resources(parser, "--prefill-actors", "--graph-actors")
+    add_number(
         group, "--prefill-chunk-tokens", _BUILD.prefill_chunk_tokens, "tokens per forward pass; memory grows with it"
     )
     add_observing(parser)
@@ -200,15 +201,17 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     text = f"how to attend ({_RECIPE.method}); from {COMPARED[0]} on they are there to be compared with"
     group.add_argument("--recipe", choices=METHODS, default=_RECIPE.method, help=text)
-    _number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
-    _number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
+    add_number(group, "--top-k", _RECIPE.top_k, "keys retrieved per query head")
+    add_number(group, "--search-list", _RECIPE.search_list, "candidates of a search; 0: as docs/cli.md says")
     group.add_argument(
         "--budget",
         choices=("auto", "fixed", "mass", "profile", "pyramid"),
         default=_RECIPE.budget,
         help=f"how many of the top-k each head retrieves ({_RECIPE.budget})",
     )
-    _number(group, "--mass", _RECIPE.mass, "share of the softmax mass that budgets mass and profile keep", kind=float)
+    add_number(
+        group, "--mass", _RECIPE.mass, "share of the softmax mass that budgets mass and profile keep", kind=float
+    )
     group.add_argument(
         "--estimate",
         action=argparse.BooleanOptionalAction,
@@ -217,7 +220,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     )
     text = "first layers that attend every key (2 of quest, 1 of infinigen, else 0)"
     group.add_argument("--dense-layers", type=int, metavar="N", default=_RECIPE.dense_layers, help=text)
-    _number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
+    add_number(group, "--tail-tokens", _RECIPE.tail_tokens, "question and generated tokens attended whole")
     group.add_argument(
         "--question-attention",
         choices=("exact", "index", "auto"),
@@ -226,22 +229,24 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     )
     add_heads(group, "attend")
     group = parser.add_argument_group("generation (default: the model's own settings)")
-    _number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
+    add_number(group, "--max-new-tokens", _GENERATION.max_new_tokens, "longest answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     group.add_argument("--temperature", type=float, help="sample with this temperature")
     group.add_argument("--top-p", type=float, help="sample from this share of the probability")
     group.add_argument("--sampling-top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
-    _number(group, "--seed", _GENERATION.seed, "of sampling")
-    group = _add_resources(parser, "--answer-actors")
-    _number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
-    _number(group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free")
+    add_number(group, "--seed", _GENERATION.seed, "of sampling")
+    group = add_resources(parser, "--answer-actors")
+    add_number(group, "--questions-per-batch", _RESOURCES.questions_per_batch, "questions decoded together")
+    add_number(
+        group, "--memory-bytes", _RESOURCES.memory_bytes, "of opened indexes in an actor; 0: half of what is free"
+    )
     group.add_argument("--cache-dir", metavar="DIR", help="keeps parts of a remote store (~/.cache/rabatch/parts)")
     group.add_argument(
         "--cache-bytes", type=int, metavar="N", help="of all parts in it; 0: no cache (a quarter of the free disk)"
     )
     text = "share of the searches whose recall is measured for reports and metrics"
-    _number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
+    add_number(group, "--recall-share", _RESOURCES.recall_share, text, kind=float)
     add_observing(parser)
     add_common(parser)
 
@@ -259,21 +264,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
+def add_resources(parser: argparse.ArgumentParser, *pools: str) -> argparse._ArgumentGroup:
+    """The options of what a job takes of the cluster; their group."""
     group = parser.add_argument_group("resources")
     group.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else a local Ray")
     for name in pools:
         text = "actors, or between MIN and MAX; 0: as many as there is room for (0)"
         group.add_argument(name, type=pool, default=0, metavar="N|MIN-MAX", help=text)
     group.add_argument("--gpus-per-actor", type=float, metavar="X", help="GPUs of a model actor (1 on CUDA)")
-    _number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
+    add_number(group, "--cpus-per-actor", _RESOURCES.cpus_per_actor, "CPUs, and threads, of an actor")
     text = "main memory that Ray reserves for an actor that runs the model; 0: none"
-    _number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
+    add_number(group, "--actor-memory-bytes", _RESOURCES.actor_memory_bytes, text)
     group.add_argument("--max-failed-rows", type=int, metavar="N", help="stop when more rows fail (no limit)")
     return group
 
 
-def _number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
+def add_number(group: Any, name: str, default: float, text: str, *, kind: type = int) -> None:
     group.add_argument(
         name, type=kind, default=default, metavar="N" if kind is int else "X", help=f"{text} ({default})"
     )
@@ -308,8 +314,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "config": config,
         "limit": arguments.limit,
         "report": arguments.report,
-        "resources": _resources(arguments, "prefill_actors", "graph_actors"),
-        **_shared_settings(arguments),
+        "resources": resources_of(arguments, "prefill_actors", "graph_actors"),
+        **shared_settings(arguments),
     }
 
 
@@ -343,16 +349,8 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "generation": generation,
         "output": arguments.output,
         "fingerprint": arguments.fingerprint,
-        "resources": _resources(
-            arguments,
-            "answer_actors",
-            "questions_per_batch",
-            "memory_bytes",
-            "cache_dir",
-            "cache_bytes",
-            "recall_share",
-        ),
-        **_shared_settings(arguments),
+        "resources": resources_of(arguments, *_ANSWERING),
+        **shared_settings(arguments),
     }
 
 
@@ -368,7 +366,7 @@ def model_of(arguments: argparse.Namespace) -> ModelConfig:
     )
 
 
-def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "store": arguments.store,
         "storage_options": arguments.storage_options,
@@ -378,7 +376,7 @@ def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _resources(arguments: argparse.Namespace, *names: str) -> Resources:
+def resources_of(arguments: argparse.Namespace, *names: str) -> Resources:
     values = {name: getattr(arguments, name) for name in names}
     values |= {name: getattr(arguments, name) for name in ("gpus_per_actor", "cpus_per_actor", "actor_memory_bytes")}
     return Resources(**values)

@@ -1,4 +1,7 @@
-"""Typed, frozen settings. Every value is checked when the object is made; errors name the field and the fix."""
+"""Typed, frozen settings. Every value is checked when the object is made; errors name the field and the fix.
+
+Past 400 lines because most of them say what a field means, where a user looks for it.
+"""
 
 from __future__ import annotations
 

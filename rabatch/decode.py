@@ -46,7 +46,7 @@ def answer_each(
     be read, all of them fail.
 
     Args:
-        questions: Rows with question_id, question and, optionally, expected.
+        questions: Rows with question_id, question and, optionally, expected, answer_prefix and max_new_tokens.
         slots: Questions under way at the same time; as one ends, the next begins. More where the context is read anew
             for every pass: `OpenContext.slots`. 0: all of them.
 
@@ -70,7 +70,7 @@ def answer_each(
     while groups:
         group = groups.pop(0)
         executor = Executor(context, recipe, made, slots=min(most, len(group)))
-        courses = [made.begin(ready[number], questions[number].get("question_id")) for number in group]
+        courses = [_course(made, ready[number], questions[number]) for number in group]
         answers, number_of = executor.run(courses), tuple(group)
         while group:
             try:
@@ -119,12 +119,18 @@ def _answered(context: OpenContext, question: Row, recipe: Recipe, made: Generat
     }
 
 
+def _course(made: Generation, tail: list[int], question: Row) -> Course:
+    return made.begin(tail, question.get("question_id"), max_new_tokens=question.get("max_new_tokens"))
+
+
 def _encode(context: OpenContext, question: Row, generation: GenerationSettings) -> list[int]:
     text = question.get("question")
     if not isinstance(text, str):
         raise QuestionError("question", text, "is missing; every question needs a text")
-    ids = context.loaded.template.encode_question(context.loaded.tokenizer, text)
-    room = context.loaded.max_context_tokens - len(context.token_ids) - generation.max_new_tokens
+    prefix = question.get("answer_prefix") or ""
+    ids = context.loaded.template.encode_question(context.loaded.tokenizer, text, prefix)
+    longest = question.get("max_new_tokens") or generation.max_new_tokens
+    room = context.loaded.max_context_tokens - len(context.token_ids) - longest
     if len(ids) > room:
         raise QuestionError(
             "question",

@@ -21,12 +21,14 @@ class Course:
 
     Attributes:
         tail: Its tokens, to which every generated one is added.
-        question_tokens: How many of them are the question's.
+        question_tokens: How many of them are the question's, with the prefix of the answer if it has one.
+        max_new_tokens: How many are generated at most.
         done: ``"stop"`` (end token or stop string), ``"length"``, or None while it goes on.
     """
 
     tail: list[int]
     question_tokens: int
+    max_new_tokens: int
     processors: LogitsProcessorList
     random: torch.Generator | None
     done: str | None = None
@@ -53,18 +55,25 @@ class Generation:
         stops = list(settings.stop_strings)
         self._strings = StopStringCriteria(loaded.tokenizer, stops) if stops else None
 
-    def begin(self, tail: Sequence[int], question_id: object) -> Course:
-        """A question that has its tokens but no answer yet."""
+    def begin(self, tail: Sequence[int], question_id: object, *, max_new_tokens: int | None = None) -> Course:
+        """A question that has its tokens but no answer yet.
+
+        Args:
+            max_new_tokens: Of this question alone. None: as the settings say.
+        """
+        longest = max_new_tokens or self.settings.max_new_tokens
         random = None
         if self.config.do_sample:
             random = torch.Generator(self.loaded.config.device).manual_seed(seed_of(self.settings.seed, question_id))
         prompt_tokens = len(self._context_ids) + len(tail)
-        return Course(list(tail), len(tail), self._processors(prompt_tokens), random)
+        return Course(list(tail), len(tail), longest, self._processors(prompt_tokens, longest), random)
 
-    def _processors(self, prompt_tokens: int) -> LogitsProcessorList:
+    def _processors(self, prompt_tokens: int, max_new_tokens: int) -> LogitsProcessorList:
         """What transformers' `generate` would apply to the logits; some depend on the length of the prompt."""
         model = self.loaded.model
-        config, _ = model._prepare_generation_config(copy.deepcopy(self.config))  # fills in transformers' defaults
+        own = copy.deepcopy(self.config)
+        own.max_new_tokens = max_new_tokens
+        config, _ = model._prepare_generation_config(own)  # fills in transformers' defaults
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.loaded.config.device)
         made: LogitsProcessorList = model._get_logits_processor(
             config, input_ids_seq_length=prompt_tokens, device=self.loaded.config.device, model_kwargs={}
@@ -86,7 +95,7 @@ class Generation:
             course.tail.append(token)
             if token in self.eos_ids or self._at_stop_string(course):
                 course.done = "stop"
-            elif len(course.generated) >= self.settings.max_new_tokens:
+            elif len(course.generated) >= course.max_new_tokens:
                 course.done = "length"
 
     def _processed(self, course: Course, row: Tensor) -> Tensor:

@@ -100,18 +100,22 @@ class PromptTemplate:
         token_ids = np.asarray(before + encoded["input_ids"], dtype=np.int32)
         return EncodedContext(token_ids, spans[:, 0].copy(), spans[:, 1].copy())
 
-    def encode_question(self, tokenizer: Any, question: str) -> list[int]:
+    def encode_question(self, tokenizer: Any, question: str, answer_prefix: str = "") -> list[int]:
         """Tokens of the tail's start.
 
+        Args:
+            answer_prefix: How the answer begins; it ends the prompt, with its leading space if it has one.
+
         Raises:
-            QuestionError: The question is empty or spells out a special token.
+            QuestionError: The question is empty, or one of them spells out a special token.
         """
         if not question.strip():
             raise QuestionError("question", question, "is empty; write a question or remove the row")
         for token in tokenizer.all_special_tokens:
-            if token in question:
-                raise QuestionError("question", question, f"spells out the special token {token}; remove it")
+            for name, text in (("question", question), ("answer_prefix", answer_prefix)):
+                if token in text:
+                    raise QuestionError(name, text, f"spells out the special token {token}; remove it")
         ids: list[int] = tokenizer(
-            self.after_document + question + self.after_question, add_special_tokens=False
+            self.after_document + question + self.after_question + answer_prefix, add_special_tokens=False
         ).input_ids
         return ids

@@ -15,6 +15,8 @@ QUESTIONS = pa.schema(
         pa.field("question", pa.string(), nullable=False),
         pa.field("document_id", pa.string()),  # null: the question is asked of every document
         pa.field("expected", pa.string()),
+        pa.field("answer_prefix", pa.string()),  # how the answer begins: put after the prompt, no part of the answer
+        pa.field("max_new_tokens", pa.int64()),  # longest answer to this question; null: `GenerationSettings`'
     ]
 )
 

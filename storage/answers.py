@@ -270,11 +270,22 @@ class AnswerKeys:
         self._settings = fingerprint_of(settings)
 
     def answer(
-        self, question_id: str, question: str, *, document_id: str, content_sha256: str, fingerprint: str
+        self,
+        question_id: str,
+        question: str,
+        *,
+        document_id: str,
+        content_sha256: str,
+        fingerprint: str,
+        answer_prefix: str | None = None,
+        max_new_tokens: int | None = None,
     ) -> str:
         """Of a question to one index: the same again must not be asked again."""
         about = [document_id, content_sha256, fingerprint]
-        return _digest([_ANSWER_KEY_VERSION, self._settings, question_id, question, about])
+        own = {"answer_prefix": answer_prefix, "max_new_tokens": max_new_tokens}
+        given = {name: value for name, value in own.items() if value is not None}
+        more = [given] if given else []  # without any the key is what it was before there were any
+        return _digest([_ANSWER_KEY_VERSION, self._settings, question_id, question, about, *more])
 
     def failure(self, question_id: str, document_id: str | None, reason: str) -> str:
         """Of a question that was not answered: the same failure again need not be stored again."""

@@ -34,6 +34,7 @@ IMPORTS_JOBS = {
     "rabatch": "exports rabatch.build and rabatch.answer, imported when first used",
     "rabatch.cli": "every command imports what it runs",
     "rabatch.cli_jobs": "as rabatch.cli",
+    "rabatch.cli_evaluate": "as rabatch.cli",
     "rabatch.demo.run": "runs both jobs as a user would",
 }
 HEAVY = ("torch", "ray", "transformers")

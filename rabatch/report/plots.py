@@ -108,13 +108,7 @@ def _axis(greatest: float) -> tuple[float, list[float]]:
 def _x_ticks(low: float, high: float, scale: Scale) -> list[float]:
     """Up to six round values of an axis."""
     if scale == "log":
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for digits in ((1, 2, 5), (1, 3), (1,)):
-            ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-            ticks = [tick for tick in ticks if low <= tick * 1.0001 and tick <= high * 1.0001]
-            if len(ticks) <= _MAX_TICKS:
-                break
-        return ticks if len(ticks) > 1 else [low, high]
+        return log_ticks(low, high)
     if scale == "time":
         days = math.ceil(high / 86400 / (_MAX_TICKS - 1)) * 86400
         step = next((time for time in _TIMES_S if high / time <= _MAX_TICKS - 1), days)
@@ -123,3 +117,14 @@ def _x_ticks(low: float, high: float, scale: Scale) -> list[float]:
         step = next(size * times for times in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (size * times) <= _MAX_TICKS - 1)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Up to six round values of a logarithmic axis; its ends where there are none."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick * 1.0001 and tick <= high * 1.0001]
+        if len(ticks) <= _MAX_TICKS:
+            break
+    return ticks if len(ticks) > 1 else [low, high]

@@ -31,6 +31,20 @@ svg .axis { stroke: var(--soft); }
 svg .bar { fill: var(--bar); }
 svg .bad { fill: var(--bad); }
 svg .track { fill: var(--track); }
+svg .whisker { stroke: var(--soft); stroke-opacity: 0.5; }
+svg .spot { fill: var(--soft); }
+svg .mark { fill: var(--card); stroke-width: 2; }
+svg text.mark-name { fill: var(--text); font-size: 11px; stroke: none; }
+svg .heat { fill: var(--bar); }
+svg text.heat-value { fill: var(--text); font-size: 10.5px; }
+.series-0 { stroke: #0072b2; } .series-1 { stroke: #d55e00; } .series-2 { stroke: #009e73; }
+.series-3 { stroke: #cc79a7; } .series-4 { stroke: #e69f00; } .series-5 { stroke: #56b4e9; }
+.series-6 { stroke: #9467bd; } .series-7 { stroke: #8c564b; } .series-8 { stroke: #7f7f7f; }
+.series-9 { stroke: #6b8e23; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.15rem 1rem; margin: 0.35rem 0; padding: 0; list-style: none;
+  font-size: 0.86rem; }
+.legend svg { display: inline-block; width: 1.3rem; height: 1.3rem; vertical-align: -0.3rem; margin-right: 0.3rem; }
+td.total { border-top: 2px solid var(--line); }
 svg.share { display: block; width: 6rem; height: 0.7rem; }
 details { margin-top: 0.5rem; }
 summary { cursor: pointer; color: var(--soft); font-size: 0.86rem; }

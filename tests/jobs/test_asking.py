@@ -123,6 +123,21 @@ def test_other_settings_and_new_questions_are_asked(url):
     assert (other.n_asked, other.commit(), other.job.superseded) == (6, 3, 6)
 
 
+def test_the_prefix_and_the_limit_are_told_and_make_another_question():
+    asked = [
+        question_of(Record(0, "q:1", {"question_id": "q", "question": "Who?", "document_id": "a", **own}))
+        for own in ({}, {"answer_prefix": " It is", "max_new_tokens": 8})
+    ]
+    stored = [Stored("a", "1" * 64, "f" * 64, "m", "graph", 10, 10, 1)]
+    keys = AnswerKeys({})
+    made = [join([question], Catalog(stored, "m", RECIPE), keys)[0] for question in asked]
+    assert made[0][0].key != made[1][0].key
+    about = {"keys": keys, "recipe": RECIPE, "model": MODEL, "failures": Failures("questions")}
+    job = Asked(asked[1:], made[1], [], store=None, **about)
+    (told,) = job.asks(batches_of(made[1], [0], questions_per_batch=2)[0])["questions"]
+    assert (told["answer_prefix"], told["max_new_tokens"]) == (" It is", 8)
+
+
 def test_what_an_interrupted_run_has_finished_is_kept(url):
     killed = Run(url)
     killed.ask(killed.batches[:2])

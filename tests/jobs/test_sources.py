@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rabatch.errors import ConfigError, SourceError
-from rabatch.jobs.rows import MAX_ID_BYTES, Place, check_id, document_of, question_of, read_unit
+from rabatch.jobs.rows import MAX_ID_BYTES, Place, Record, check_id, document_of, question_of, read_unit
 from rabatch.jobs.sources import JSONL, PARQUET, list_units
 
 
@@ -196,6 +196,44 @@ def test_questions(tmp_path):
     assert found[0]["question_id"] != found[1]["question_id"]
     assert found[0]["question_id"] == questions(path)[0]["question_id"]
     assert (found[1]["document_id"], found[1]["expected"], found[1]["error"]) == ("d", "12", None)
-    assert set(found[1]) == {"question_id", "document_id", "question", "expected", "source", "error"}
+    own = {"answer_prefix", "max_new_tokens"}
+    assert set(found[1]) == {"question_id", "document_id", "question", "expected", "source", "error", *own}
     reasons = ("question is empty", "column question is missing", "line is not JSON")
     assert [reason in q["error"] for reason, q in zip(reasons, found[2:], strict=True)] == [True] * 3
+
+
+def test_a_question_has_a_prefix_and_a_limit_of_its_own(tmp_path):
+    asked = {"question": "Who?"}
+    path = jsonl(
+        tmp_path / "q.jsonl",
+        asked,
+        {**asked, "answer_prefix": " It is", "max_new_tokens": 8},
+        {**asked, "answer_prefix": None, "max_new_tokens": 8.0},
+        {**asked, "answer_prefix": "", "max_new_tokens": None},
+    )
+    found = questions(path)
+    own = [(q["answer_prefix"], q["max_new_tokens"], q["error"]) for q in found]
+    assert own == [(None, None, None), (" It is", 8, None), (None, 8, None), (None, None, None)]
+    ids = [q["question_id"] for q in found]
+    assert len(set(ids)) == 3
+    assert ids[0] == ids[3]
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"answer_prefix": 7}, "answer_prefix is a int; it must be a string, or left out"),
+        ({"answer_prefix": "\ud800"}, "answer_prefix holds half of a surrogate pair at character 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number from 1 on"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": "8"}, "max_new_tokens is '8'"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens is nan"),
+        ({"max_new_tokens": float("inf")}, "max_new_tokens is inf"),
+        ({"max_new_tokens": 1 << 40}, "max_new_tokens is 1099511627776"),
+    ],
+)
+def test_a_wrong_prefix_or_limit_fails_its_question(own, reason):
+    found = question_of(Record(0, "q:1", {"question": "Who?", **own}))
+    assert found["error"].startswith(reason)
+    json.dumps(found, allow_nan=False).encode()

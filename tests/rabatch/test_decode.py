@@ -173,6 +173,27 @@ def test_max_new_tokens_and_stop_strings(stored: Stored) -> None:
     assert cut["answer"] == whole["answer"].split(stop)[0].strip()
 
 
+def test_a_question_has_its_own_prefix_and_limit(stored: Stored) -> None:
+    """The prefix is as if the model had said it; no other question changes by it."""
+    recipe = Recipe(method="dense")
+    context = context_of(stored, recipe)
+    found = answer_batch(context, stored[3], recipe, GREEDY)
+    number = next(n for n, row in enumerate(found) if " " in row["answer"])
+    plain, whole, other, company = stored[3][number], found[number], stored[3][number - 1], found[number - 1]
+    first, _, rest = whole["answer"].partition(" ")
+    asked = [{**plain, "answer_prefix": f" {first}"}, other, {**plain, "max_new_tokens": 1}]
+    rows = answer_batch(context, asked, recipe, GREEDY, slots=2)
+    assert rows[0]["answer"] == rest
+    assert rows[0]["question_tokens"] + rows[0]["answer_tokens"] == whole["question_tokens"] + whole["answer_tokens"]
+    assert (rows[1]["answer"], rows[1]["question_tokens"]) == (company["answer"], company["question_tokens"])
+    assert (rows[2]["finish_reason"], rows[2]["answer_tokens"]) == ("length", 1)
+    wrong = [{**plain, "answer_prefix": "<|end|>"}, {**plain, "max_new_tokens": 1 << 20}]
+    reasons = [row["reason"] for row in answer_batch(context, wrong, recipe, GREEDY)]
+    assert "answer_prefix" in reasons[0]
+    assert "special token" in reasons[0]
+    assert "room for 0" in reasons[1]
+
+
 def test_sampling_is_repeatable_per_question(stored: Stored) -> None:
     recipe = Recipe(method="dense")
     context = context_of(stored, recipe)

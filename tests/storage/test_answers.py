@@ -159,6 +159,10 @@ def test_keys_are_stable():
     key = keys.answer("q", "Who?", document_id="d", content_sha256="c", fingerprint="f")
     assert key == "ccf00cc64cf47947d5051709083590f4"
     assert keys.failure("q", None, "why") != keys.failure("q", "d", "why")
+    about = {"document_id": "d", "content_sha256": "c", "fingerprint": "f"}
+    own = [{"answer_prefix": " It is"}, {"max_new_tokens": 8}, {"answer_prefix": " It is", "max_new_tokens": 8}]
+    assert len({key, *(keys.answer("q", "Who?", **about, **some) for some in own)}) == 4
+    assert keys.answer("q", "Who?", **about, answer_prefix=None, max_new_tokens=None) == key
 
 
 def test_garbage_is_what_no_run_lists_and_older_than_the_grace_period(tmp_path):
