@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rabatch.demo.grammar import filler_sentence
 from rabatch.errors import ConfigError
+from rabatch.evaluation.tasks import wording
 from rabatch.prompts import PromptTemplate
 
-STATEMENT = "The value of key {key} is {value}."
-QUESTION = "What is the value of key {key}?"
 _DIGITS = 6
 _DEPTHS = (0.05, 0.95)
 _N_DEPTHS = 1000
@@ -64,7 +63,7 @@ class Passkeys:
         low, high = 10 ** (_DIGITS - 1), 10**_DIGITS
         keys, values = rng.sample(range(low, high), self.count), rng.sample(range(low, high), self.count)
         tail, is_answer = self._tail(keys, values)
-        planted = [STATEMENT.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        planted = [wording.states(str(key), str(value)) for key, value in zip(keys, values, strict=True)]
         n_filler = length - len(tail) - sum(self._counted(planted))
         if n_filler < length // 4:
             fix = f"{self.count} passkeys leave no room for a document in {length} tokens; take fewer, or more tokens"
@@ -84,7 +83,7 @@ class Passkeys:
         ends = self.tokenizer.eos_token if getattr(self.tokenizer, "chat_template", None) else ""
         text, spans = "", []
         for key, value in zip(keys, values, strict=True):
-            text += self.template.after_document + QUESTION.format(key=key) + self.template.after_question
+            text += self.template.after_document + wording.asks(str(key)) + self.template.after_question
             text += "" if text[-1:].isspace() else " "
             spans.append((len(text), len(text) + len(str(value))))
             text += f"{value}{ends}"

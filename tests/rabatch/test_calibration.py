@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rabatch.attention.seam import AttentionCall
 from rabatch.calibration import training
-from rabatch.calibration.data import STATEMENT, Passkeys, Sample
+from rabatch.calibration.data import Passkeys, Sample
 from rabatch.calibration.gates import GatedAttention, banded
 from rabatch.calibration.picture import picture
 from rabatch.calibration.settings import CalibrationSettings
@@ -31,6 +31,7 @@ from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import ConfigError, ModelError
 from rabatch.evaluation.scoring import exact_match
+from rabatch.evaluation.tasks import wording
 from rabatch.head_pattern import pattern_of, read_gates, resolve, write_gates
 from rabatch.loading import LoadedModel, load_model
 from tests.rabatch.engine import new_store, store_document
@@ -198,7 +199,7 @@ def test_samples_hold_every_passkey_and_ask_for_it(demo: LoadedModel) -> None:
         values = [part.split("<|end|>")[0].strip() for part in text.split("Answer:")[1:]]
         assert len(set(asked)) == len(set(values)) == 10
         for key, value in zip(asked, values, strict=True):
-            depths.append(document.index(STATEMENT.format(key=key, value=value)) / len(document))
+            depths.append(document.index(wording.states(str(key), str(value))) / len(document))
         following = ids[1:][sample.predicting[:-1]]
         assert demo.tokenizer.decode(following) == "".join(values)
         assert not sample.predicting[-1]
