@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from rabatch import cli_arguments
-from rabatch.cli_heads import add_heads, heads_of
+from rabatch.cli_options import add_heads, heads_of
 from rabatch.config import INDEX_KINDS, BuildConfig, Resources
 from rabatch.errors import ConfigError
 
