@@ -30,7 +30,8 @@ from common.measures import machine, table
 
 from rabatch.config import BuildConfig, Recipe
 from rabatch.head_pattern import resolve
-from rabatch.jobs.evaluate import EvaluationResult, evaluate
+from rabatch.jobs.evaluate import evaluate
+from rabatch.jobs.evaluated import EvaluationResult
 
 PARTS = ("table", "baselines", "gates", "sharing")
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "vt")

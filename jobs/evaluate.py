@@ -9,12 +9,9 @@ evaluation repeats nothing that is committed.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -22,28 +19,24 @@ import fsspec
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe, Resources
 from rabatch.errors import SourceError
 from rabatch.evaluation.files import csv_rows, file_contexts
-from rabatch.evaluation.metrics import Cell, Key, cells_of, over_tasks
-from rabatch.evaluation.page import page
-from rabatch.evaluation.predictions import PREDICTIONS, prediction, refused
+from rabatch.evaluation.metrics import cells_of, over_tasks
+from rabatch.evaluation.predictions import prediction, refused
 from rabatch.evaluation.questions import Asked, Question, task_contexts
 from rabatch.evaluation.recipes import Recipes, build_for, named_recipes
-from rabatch.evaluation.stored import built_bytes, needed_bytes
-from rabatch.evaluation.summary import markdown, table_lines
-from rabatch.exporting import Export
 from rabatch.jobs import cluster
 from rabatch.jobs.answer import answer
 from rabatch.jobs.build import build
+from rabatch.jobs.evaluated import Clock, EvaluationResult, Recall, Sizes
 from rabatch.jobs.observing import Observer
-from rabatch.jobs.results import AnswerResult, BuildResult, failure_lines
-from rabatch.jobs.rows import content_sha256, read_unit
+from rabatch.jobs.results import AnswerResult, BuildResult
+from rabatch.jobs.rows import read_unit
 from rabatch.jobs.run import may_be_asked
 from rabatch.jobs.settings import model_settings
 from rabatch.jobs.sources import JSONL, PARQUET, Source, list_units
 from rabatch.models import load_tokenizer
 from rabatch.storage.answers import AnswerStore
-from rabatch.storage.failures import MissingFileError
 from rabatch.storage.filesystem import Folder
-from rabatch.storage.manifest import Geometry, fingerprint_of
+from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.store import IndexStore
 
 TASKS = ("niah_multikey_1", "niah_multikey_3", "vt")
@@ -51,65 +44,6 @@ LENGTHS = (2048,)
 RECIPES = ("dense", "streaming", "graph")
 GREEDY = GenerationSettings(do_sample=False)
 RECALL_SHARE = 0.02
-_RECALL = "recall.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """The outcome of an evaluation.
-
-    Args:
-        cells: Per task, length and recipe, in that order.
-        means: Per length and recipe, over tasks.
-        recipes: By name.
-        asked, reused: Answers of this run, and of earlier runs into the same folder.
-        failed: Questions without an answer, over all recipes.
-        failed_documents: Contexts that could not be built.
-        seconds: Wall time: ``contexts`` (made or read), ``build``, ``answer`` by recipe, ``all``.
-        folder: URL of what was written.
-        predictions: Rows of `rabatch.evaluation.predictions.PREDICTIONS`.
-    """
-
-    cells: list[Cell]
-    means: list[Cell]
-    recipes: dict[str, Recipe]
-    asked: int
-    reused: int
-    failed: int
-    failed_documents: int
-    seconds: dict[str, Any]
-    folder: str
-    settings: dict[str, Any]
-    first_failures: tuple[str, ...] = ()
-    predictions: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def exit_code(self) -> int:
-        """0: every question is answered by every recipe; 1: some failed."""
-        return 1 if self.failed or self.failed_documents else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, without the predictions: those are in ``predictions.parquet``."""
-        return {
-            "cells": [cell.to_dict() for cell in self.cells],
-            "means": [cell.to_dict() for cell in self.means],
-            "recipes": {name: recipe.to_dict() for name, recipe in self.recipes.items()},
-            "asked": self.asked,
-            "reused": self.reused,
-            "failed": self.failed,
-            "failed_documents": self.failed_documents,
-            "failures": list(self.first_failures),
-            "settings": self.settings,
-            "seconds": self.seconds,
-            "folder": self.folder,
-            "exit_code": self.exit_code,
-        }
-
-    def summary(self) -> list[str]:
-        """The last lines of the command."""
-        lines = [*failure_lines(self.first_failures, self.failed), *table_lines(self.cells, self.means)]
-        counts = f"asked {self.asked}, reused {self.reused}, failed {self.failed} in {self.seconds['all']:.1f} s"
-        return [*lines, "", f"{counts}; {self.folder}/report.html"]
 
 
 def evaluate(
@@ -162,7 +96,7 @@ def evaluate(
         FailedRowsError: More than `max_failed_rows` failed.
         RabatchError: The evaluation as a whole cannot run.
     """
-    clock = _Clock()
+    clock = Clock()
     named = named_recipes(recipes, heads)
     settings = model_settings(model)
     options = dict(storage_options or {})
@@ -201,7 +135,7 @@ def evaluate(
     _say(told, progress)
     built = build(documents, config=build_config, **shared)
     clock.lap("build")
-    recall = _Recall(folder)
+    recall = Recall(folder)
     results: dict[str, AnswerResult] = {}
     for number, (name, recipe) in enumerate(named.items(), 1):
         _say(f"recipe {name} ({number} of {len(named)})", progress)
@@ -222,7 +156,7 @@ def evaluate(
             recall.write()
         clock.lap("answer", name)
     predictions = list(_predictions(questions, results))
-    sizes = _Sizes(made, built, build_config, IndexStore(shared["store"], storage_options=options))
+    sizes = Sizes(made, built, build_config, IndexStore(shared["store"], storage_options=options))
     cells = cells_of(predictions, stored=sizes.per_token(named), recall=recall.by_cell(places, questions))
     result = EvaluationResult(
         cells=cells,
@@ -243,7 +177,7 @@ def evaluate(
         first_failures=_first_failures(built, predictions),
         predictions=predictions,
     )
-    _write(folder, result)
+    result.write(folder)
     return result
 
 
@@ -288,102 +222,6 @@ def _predictions(questions: Sequence[Question], results: Mapping[str, AnswerResu
 def _first_failures(built: BuildResult, predictions: list[dict[str, Any]]) -> tuple[str, ...]:
     shown = [f"{r['question_id']} ({r['recipe']}): {r['reason']}" for r in predictions if r["status"] != "ok"]
     return (*built.first_failures(), *shown[:5])[:5]
-
-
-class _Clock:
-    """Seconds of the steps, one after the other."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.perf_counter()
-        self._laps: dict[str, Any] = {}
-
-    def lap(self, step: str, part: str | None = None) -> None:
-        now = time.perf_counter()
-        spent, self._last = now - self._last, now
-        if part is None:
-            self._laps[step] = spent
-        else:
-            self._laps.setdefault(step, {})[part] = spent
-
-    def all(self) -> dict[str, Any]:
-        return {**self._laps, "all": time.perf_counter() - self._began}
-
-
-class _Recall:
-    """Recall of the searches that were looked at, by answers store and document, kept in the folder between runs."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        try:
-            self._seen: dict[str, dict[str, list[float]]] = json.loads(folder.read(_RECALL))
-        except MissingFileError:
-            self._seen = {}
-
-    def of(self, place: str) -> Any:
-        """What an observer tells the recall of one recipe's searches."""
-        seen = self._seen.setdefault(place.rsplit("/", 1)[-1], {})
-
-        def told(document_id: str, recall: Sequence[float]) -> None:
-            count, total = seen.get(document_id, (0, 0.0))
-            seen[document_id] = [count + len(recall), total + sum(recall)]
-
-        return told
-
-    def write(self) -> None:
-        self._folder.write(_RECALL, json.dumps(self._seen).encode())
-
-    def by_cell(self, places: Mapping[str, str], questions: Sequence[Question]) -> dict[Key, tuple[int, float]]:
-        """Searches, and the sum of their recall."""
-        cells = {(question.task, question.length, question.document_id) for question in questions}
-        found: dict[Key, tuple[int, float]] = {}
-        for name, place in places.items():
-            seen = self._seen.get(place.rsplit("/", 1)[-1], {})
-            for task, length, document_id in cells:
-                count, total = seen.get(document_id or "", (0, 0.0))
-                before = found.get((task, length, name), (0, 0.0))
-                found[task, length, name] = (before[0] + int(count), before[1] + total)
-        return found
-
-
-class _Sizes:
-    """Bytes that each recipe needs, of the documents of each cell."""
-
-    def __init__(self, made: Sequence[Asked], built: BuildResult, config: BuildConfig, store: IndexStore) -> None:
-        self._config = config
-        rows = {row["document_id"]: row for row in built.rows if row["status"] != "failed"}
-        self._cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-        self._geometry: Geometry | None = None
-        for asked in made:
-            row = rows.get(asked.document_id)
-            if row is None:
-                continue
-            if self._geometry is None:
-                manifest = store.get(asked.document_id, content_sha256(asked.text), built.fingerprint)
-                self._geometry = None if manifest is None else manifest.geometry
-            for question in asked.questions:
-                self._cells.setdefault((question.task, question.length), {})[asked.document_id] = row
-
-    def per_token(self, recipes: Mapping[str, Recipe]) -> dict[Key, float]:
-        """By the arithmetic of what is stored, in proportion to what really is."""
-        found: dict[Key, float] = {}
-        if self._geometry is None:
-            return found
-        for (task, length), rows in self._cells.items():
-            tokens = [row["context_tokens"] for row in rows.values()]
-            about = (tokens, self._geometry, self._config)
-            scale = sum(row["stored_bytes"] for row in rows.values()) / built_bytes(*about)
-            for name, recipe in recipes.items():
-                found[task, length, name] = scale * needed_bytes(recipe, *about) / sum(tokens)
-        return found
-
-
-def _write(folder: Folder, result: EvaluationResult) -> None:
-    for name in ("predictions.parquet", "predictions.csv"):
-        with Export(folder, name, PREDICTIONS) as export:
-            export.add(result.predictions)
-    folder.write("metrics.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
-    folder.write("report.md", markdown(result.cells, result.means, result.settings).encode())
-    folder.write("report.html", page(result.cells, result.means, result.predictions, result.settings))
 
 
 def _say(text: str, progress: bool) -> None:
