@@ -18,7 +18,7 @@ from rabatch.jobs.cluster import checkout_root
 
 _FOLDERS = {"rabatch": "rabatch", "index": "rabatch/index", "storage": "rabatch/storage", "jobs": "rabatch/jobs"}
 _SUFFIXES = (".py", ".typed")
-_DATA = "rabatch/demo/model/"
+_DATA = ("rabatch/demo/model/", "rabatch/demo/head_pattern/")
 _DIGITS = 16
 _WHEEL = "Wheel-Version: 1.0\nGenerator: rabatch\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of a zip file

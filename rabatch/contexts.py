@@ -230,7 +230,8 @@ def _context_layer(
         budget = head_budget(
             recipe, block.profile, n_kv_heads=n_kv, n_keys=stop - start, layer=block.layer, full_layers=full
         )
-        estimated = recipe.method not in COMPARED and recipe.estimate is not False
+        whole = recipe.budget_in_use != "mass" and bool((budget >= stop - start).all())  # nothing is left to estimate
+        estimated = recipe.method not in COMPARED and recipe.estimate is not False and not whole
         if estimated and recipe.estimate and block.zones is None:
             fix = "the index holds no zones; build it with --zone-tokens, or choose --no-estimate"
             raise FingerprintError("estimate", recipe.estimate, fix)

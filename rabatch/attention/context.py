@@ -179,7 +179,7 @@ class QuestionAttention:
             mass=self._seen.mass[self._slots],
         )
         self._seen.count(self._slots, attended.keys, attended.share, n_kv / call.key.shape[1])
-        if layer.index_stop > layer.index_start and layer.zones is None:
+        if layer.zones is None and bool((layer.budget < layer.index_stop - layer.index_start).any()):
             self._seen.known[self._slots] = False
         return attended.out
 
