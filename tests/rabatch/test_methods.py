@@ -74,8 +74,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 def test_full_budget_equals_dense(tiny: Stored, method: Any, question_attention: Any) -> None:
     dense = Recipe(method="dense")
     expected = tail_logits(tiny.opened(dense), TAILS, dense, 4)
-    # Zones cancel to 1e-4 only, of which test_equivalence is.
-    recipe = Recipe(method=method, top_k=FULL, question_attention=question_attention, estimate=False)
+    recipe = Recipe(method=method, top_k=FULL, question_attention=question_attention)
     found = tail_logits(tiny.opened(recipe), TAILS, recipe, 4)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -193,12 +192,10 @@ def test_answering_changes_nothing_stored(demo: Stored, method: Any) -> None:
 def test_two_facts_asked_separately(demo: Stored, method: Any) -> None:
     """All but the static set alone can answer both; that one neither, if they stand in the middle. H2O is not among
     them: what it keeps is chosen before there is a question."""
-    recipe = Recipe(
-        method=method, top_k={"quest": 128, "snapkv": 512, "pyramidkv": 512}.get(method, TOP_K), budget="fixed"
-    )
+    recipe = Recipe(method=method, top_k={"quest": 128}.get(method, TOP_K), budget="fixed")
     start, stop = demo.manifest.index_start, demo.manifest.index_stop
     tokens = demo.opened(recipe).tokens
     middle = int(tokens.char_end[start]), int(tokens.char_start[stop - 1])
-    asked = [q for q in demo.questions if middle[0] <= q["fact_start"] and q["fact_end"] <= middle[1]][:2]
+    asked = [q for q in demo.questions if middle[0] <= q["fact_start"] and q["fact_end"] <= middle[1]][-2:]
     right = [exact_match(q["expected"], demo.answers(recipe, [q])[0]["answer"]) for q in asked]
     assert right == [method != "streaming"] * 2
