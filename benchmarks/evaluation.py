@@ -1,13 +1,14 @@
 """What sparse attention costs in accuracy, and what an evaluation costs: the tables of `rabatch evaluate`.
 
-    python benchmarks/evaluation.py [table] [baselines] [gates] [sharing] [--quick] [--longest 16384] [--samples 50]
+    python benchmarks/evaluation.py [table] [baselines] [sharing] [--quick] [--longest 16384] [--samples 50]
 
 Parts, all on the demo model:
 
 - table: four recipes, six tasks, three lengths. It ends with the seconds of the whole.
 - baselines: every recipe at the longest length, the baselines at as many attended keys as the graph.
-- gates: learned gates against random ones at half of the heads streaming, recipe graph.
 - sharing: evaluating eight recipes against one, each from nothing.
+
+What learned gates are worth against random ones is in `streaming_heads.py`.
 
 A cell without an answer to each of its questions is an error: nothing of it is reported.
 """
@@ -28,12 +29,11 @@ import numpy as np
 import torch
 from common.measures import machine, table
 
-from rabatch.config import BuildConfig, Recipe
-from rabatch.head_pattern import resolve
+from rabatch.config import BuildConfig
 from rabatch.jobs.evaluate import evaluate
 from rabatch.jobs.evaluated import EvaluationResult
 
-PARTS = ("table", "baselines", "gates", "sharing")
+PARTS = ("table", "baselines", "sharing")
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "vt")
 SEVERAL = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "qa")
 """Tasks whose contexts have several questions; at the longest length the others take too long."""
@@ -154,23 +154,6 @@ def baselines(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     ]
 
 
-def gates(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    length = max(options.lengths)
-    recipes: dict[str, Any] = {"graph": Recipe(), "learned": Recipe(**HEADS)}
-    shape = np.array(recipes["learned"].head_pattern).shape
-    for seed in range(4):
-        drawn = np.random.default_rng(seed).uniform(size=shape)
-        recipes[f"random {seed}"] = Recipe(head_pattern=resolve(drawn, sparsity=0.5))
-    result = run(folder, tasks=SEVERAL, lengths=(length,), recipes=recipes, samples=options.samples)
-    print_scores(result, length)
-    mean = {cell.recipe: POINTS * cell.score.mean for cell in result.means if cell.score}
-    random = np.mean([mean[name] for name in recipes if name.startswith("random")])
-    return [
-        target("gates: points learned below graph", mean["graph"] - mean["learned"], 0.5, at_most=True),
-        target("gates: points learned above random, mean of 4", mean["learned"] - random, 20, at_most=False),
-    ]
-
-
 def sharing(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds = {}
     for recipes in (("graph",), EIGHT):
@@ -199,7 +182,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         raise SystemExit(f"no such part: {', '.join(unknown)}; choose of {', '.join(PARTS)}")
     print(f"{machine(torch.get_num_threads())} load {os.getloadavg()[0]:.1f}", flush=True)
-    steps = {"table": the_table, "baselines": baselines, "gates": gates, "sharing": sharing}
+    steps = {"table": the_table, "baselines": baselines, "sharing": sharing}
     targets = []
     for part in parts:
         print(f"\n== {part}", flush=True)
