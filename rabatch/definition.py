@@ -43,8 +43,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping in `text`. `name` is what messages call it.
+def read_text(path: str, field: str) -> str:
+    """The text of a file, a path or URL; `field` is what named it.
+
+    Raises:
+        ConfigError: It cannot be read, or is not UTF-8.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return typing.cast(bytes, file.read()).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(field, path, f"is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except Exception as error:  # whatever the filesystem raises
+        raise ConfigError(field, path, f"cannot be read ({error}); check the path") from error
+
+
+def parse_yaml(text: str, name: str, field: str = "pipeline") -> dict[str, Any]:
+    """The mapping in `text`. `name` is what messages call it, `field` what named it.
 
     Raises:
         ConfigError: It is no YAML, with line and column, or no mapping.
@@ -54,12 +71,12 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError("pipeline", name, f"{where}{error.problem or error.context}; mend the YAML there") from error
+        raise ConfigError(field, name, f"{where}{error.problem or error.context}; mend the YAML there") from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise ConfigError("pipeline", name, f"is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(field, name, f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError("pipeline", name, f"holds {found}; write fields: `documents: URL` and so on, one a line")
+        raise ConfigError(field, name, f"holds {found}; write fields: `documents: URL` and so on, one a line")
     return values
 
 

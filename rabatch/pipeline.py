@@ -17,7 +17,7 @@ from typing import Any, Self
 import yaml
 
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe, Resources
-from rabatch.definition import HIDDEN, check_known, check_type, expand, hide, parse_yaml, typed
+from rabatch.definition import HIDDEN, check_known, check_type, expand, hide, parse_yaml, read_text, typed
 from rabatch.errors import ConfigError
 
 _PARTS: dict[str, type] = {
@@ -103,7 +103,7 @@ class Pipeline:
         """
         given = os.fspath(path_or_text)
         is_text = isinstance(path_or_text, str) and ("\n" in given or given.lstrip().startswith("{"))
-        text, name = (given, "YAML") if is_text else (_read(given), given)
+        text, name = (given, "YAML") if is_text else (read_text(given, "pipeline"), given)
         return cls.from_dict(parse_yaml(text, name), env=env)
 
     @classmethod
@@ -170,15 +170,3 @@ def _as_written(value: Any, written: Mapping[str, str], path: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [_as_written(item, written, f"{path}.{at}") for at, item in enumerate(value)]
     return value.replace("${", "$${") if isinstance(value, str) else value
-
-
-def _read(path: str) -> str:
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rb") as file:
-            return typing.cast(bytes, file.read()).decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError("pipeline", path, f"is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except Exception as error:  # whatever the filesystem raises
-        raise ConfigError("pipeline", path, f"cannot be read ({error}); check the path") from error

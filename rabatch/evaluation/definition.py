@@ -6,11 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
-
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Resources
-from rabatch.definition import check_known, check_type, expand, parse_yaml, typed
-from rabatch.errors import ConfigError
+from rabatch.definition import check_known, check_type, expand, parse_yaml, read_text, typed
 
 _PARTS: dict[str, tuple[str, type]] = {
     "model": ("model", ModelConfig),
@@ -46,14 +43,7 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str] | None = None) 
         ConfigError: It cannot be read, or a field is unknown, of the wrong type or out of range; named by its path.
     """
     url = os.fspath(path)
-    try:
-        with fsspec.open(url, "rb") as file:
-            text = file.read().decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError("config", url, f"is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except Exception as error:  # whatever the filesystem raises
-        raise ConfigError("config", url, f"cannot be read ({error}); check the path") from error
-    values, _ = expand(parse_yaml(text, url), os.environ if env is None else env)
+    values, _ = expand(parse_yaml(read_text(url, "config"), url, "config"), os.environ if env is None else env)
     check_known(values, [*_PARTS, *_TYPES])
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rabatch.errors import ConfigError
 from rabatch.evaluation.scoring import Match
 from rabatch.evaluation.tasks import TASKS, generate
-
-CountTokens = Callable[[str], int]
+from rabatch.evaluation.tasks.base import CountTokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from rabatch.index.base import SearchResult
 from rabatch.index.codes import KeyCodes
 from rabatch.index.flat import FlatIndex
 from rabatch.index.rerank import rerank
-from rabatch.selectors.opening import Opening
+from rabatch.selectors.opening import Opening, OverKeys
 
 COLUMNS = 0.3
 """Share of the skewed columns that scores are foreseen by (section 5.1: partial weights)."""
@@ -29,7 +29,7 @@ ALPHA = 5.0
 """Keys whose foreseen logit is lower than the best by more than this are left out (section 5.1)."""
 
 
-class InfinigenIndex:
+class InfinigenIndex(OverKeys):
     """Keys in the columns in which they reach farthest.
 
     The columns are the right singular vectors of a head's keys, largest singular value first: a rotation, so that with
@@ -42,16 +42,12 @@ class InfinigenIndex:
     """
 
     def __init__(self, keys: KeyCodes, *, columns: float = COLUMNS, threads: int = 1) -> None:
-        self.keys, self.threads = keys, threads
+        super().__init__(keys, threads=threads)
         whole = keys.decode()
         squares = np.einsum("hnd,hne->hde", whole, whole, dtype=np.float64, optimize=True)
         kept = math.ceil(columns * whole.shape[2])
         self._skew = np.linalg.eigh(squares)[1][:, :, ::-1][:, :, :kept].astype(np.float32)  # ascending: the last ones
         self._partial = FlatIndex(whole @ self._skew)
-
-    @property
-    def n_keys(self) -> int:
-        return self.keys.shape[1]
 
     def search(
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None

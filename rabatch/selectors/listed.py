@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from rabatch.index.base import SearchResult, empty_result
 from rabatch.index.codes import KeyCodes
 from rabatch.index.rerank import rerank
+from rabatch.selectors.opening import OverKeys
 
 
-class ListedKeys:
+class ListedKeys(OverKeys):
     """The keys of one layer, with one list for all queries or with none.
 
     Args:
@@ -20,11 +21,8 @@ class ListedKeys:
     """
 
     def __init__(self, keys: KeyCodes, ids: NDArray[np.int32] | None = None, *, threads: int = 1) -> None:
-        self.keys, self.ids, self.threads = keys, ids, threads
-
-    @property
-    def n_keys(self) -> int:
-        return self.keys.shape[1]
+        super().__init__(keys, threads=threads)
+        self.ids = ids
 
     def search(
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None

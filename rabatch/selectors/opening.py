@@ -47,3 +47,20 @@ class Opening:
 
 
 Opener = Callable[[Opening], Searchable]
+
+
+class OverKeys:
+    """A key index made of the stored keys when it is opened.
+
+    Args:
+        keys: Of all KV heads of a layer.
+        threads: Of a search.
+    """
+
+    def __init__(self, keys: KeyCodes, *, threads: int = 1) -> None:
+        self.keys, self.threads = keys, threads
+
+    @property
+    def n_keys(self) -> int:
+        """Keys per KV head."""
+        return self.keys.shape[1]

@@ -9,13 +9,13 @@ from rabatch.index.base import SearchResult, empty_result
 from rabatch.index.codes import KeyCodes
 from rabatch.index.flat import FlatIndex
 from rabatch.index.rerank import rerank
-from rabatch.selectors.opening import Opening
+from rabatch.selectors.opening import Opening, OverKeys
 
 PAGE_KEYS = 16
 """Of consecutive tokens."""
 
 
-class QuestIndex:
+class QuestIndex(OverKeys):
     """Per page and dimension the least and the greatest number of its keys.
 
     A page's score is sum_d max(q_d * min_d, q_d * max_d): the positive part of the query times the maxima and the
@@ -27,14 +27,10 @@ class QuestIndex:
     """
 
     def __init__(self, keys: KeyCodes, *, threads: int = 1) -> None:
-        self.keys, self.threads = keys, threads
+        super().__init__(keys, threads=threads)
         whole = np.pad(keys.decode(), ((0, 0), (0, -self.n_keys % PAGE_KEYS), (0, 0)), mode="edge")
         pages = whole.reshape(len(whole), -1, PAGE_KEYS, whole.shape[2])
         self._bounds = FlatIndex(np.concatenate([pages.max(axis=2), pages.min(axis=2)], axis=2))
-
-    @property
-    def n_keys(self) -> int:
-        return self.keys.shape[1]
 
     def search(
         self, queries: NDArray[np.float32], *, k: int, effort: int = 0, beta: NDArray[np.float32] | None = None

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -125,3 +126,23 @@ def _call(url: str, body: dict[str, Any] | None, *, method: str = "POST") -> Any
             return json.load(response)["value"]
     except urllib.error.HTTPError as error:
         raise RuntimeError(error.read().decode()[:2000]) from error
+
+
+def looks(path: Path, script: str) -> Iterator[tuple[Any, bool]]:
+    """What `script` returns of the page at `path`, wide and light, then narrow and dark, and whether it was dark.
+
+    Of every page: nothing else is loaded, nothing is said on the console, no script is in it, and it is no wider than
+    the window. Pictures are left beside it.
+    """
+    with browser() as window:
+        window.open("about:blank", width=1280, height=900)
+        window.requests()
+        for width, dark in ((1280, False), (360, True)):
+            window.open(path.as_uri(), width=width, height=900, dark=dark)
+            assert window.requests() == [path.as_uri()]
+            assert window.console() == []
+            found = window.evaluate(script)
+            (path.parent / f"{width}.png").write_bytes(window.screenshot())
+            assert found["scripts"] == 0
+            assert found["page"] <= found["window"], "the page must not be wider than the window"
+            yield found, dark
