@@ -5,7 +5,8 @@ What differs from RoarGraph (VLDB 2024) as its code has it, and why:
   many queries share one top key;
 - pruned links are filled up to the budget by co-occurrence: strict pruning leaves 2-5 links and poor recall;
 - nearest keys are linked too, so that keys no sampled query wanted are found;
-- every key is linked to the keys before and after it, so every key can be reached, by construction.
+- every key is linked to the keys before and after it, so every key can be reached, by construction;
+- searches start at many keys far from each other (`rabatch.index.entries`); there at the key nearest the mean.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from rabatch.compiling import compiled
 from rabatch.config import GraphConfig
 from rabatch.errors import ConfigError
 from rabatch.index.compiled import read_only, run_ranges
+from rabatch.index.entries import choose_entries
 from rabatch.index.nearest import nearest_keys
 
 _MAX_CANDIDATES = 96  # per key, before pruning: a key that most queries want co-occurs with thousands
 _RANK_BITS = 8
 _MAX_LISTS = (1 << 24) - 1  # more count as so many
-_MAX_COVER_QUERIES = 16384
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def build_graph(
 
     run_ranges(link, n_keys, threads=threads)
     _add_reverse(neighbors, counts)
-    return Graph(neighbors, _entries(centered, query_topk, config.entry_points))
+    return Graph(neighbors, choose_entries(centered, query_topk, config.entry_points))
 
 
 def _co_occurrence(query_topk: NDArray[np.int32], n_keys: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -199,32 +200,6 @@ def _add_reverse(neighbors, counts):  # type: ignore[no-untyped-def]
             if column < forward[key]:
                 target = neighbors[key, column]
                 counts[target] = _append(neighbors, target, counts[target], key)
-
-
-def _entries(centered: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int) -> NDArray[np.int32]:
-    """Keys that together stand in as many lists as possible (greedy cover); without lists the key nearest the mean.
-
-    Pivots are the candidates. Once every list is covered, the most frequent pivots that are left follow.
-    """
-    lists = query_topk[:: max(len(query_topk) // _MAX_COVER_QUERIES, 1)] if query_topk.size else query_topk[:0]
-    lists = lists[lists[:, 0] >= 0] if lists.size else lists
-    if not lists.size:
-        return np.array([np.einsum("nd,nd->n", centered, centered).argmin()], np.int32)
-    frequency = np.bincount(lists[:, 0], minlength=len(centered))
-    entries: list[int] = []
-    open_lists = lists
-    while len(entries) < entry_points:
-        gain = np.bincount(open_lists[open_lists >= 0], minlength=len(centered)) * (frequency > 0)
-        gain[entries] = 0
-        best = int(gain.argmax())
-        if gain[best] == 0:
-            break
-        entries.append(best)
-        open_lists = open_lists[~(open_lists == best).any(axis=1)]
-    rest = frequency.copy()
-    rest[entries] = 0
-    more = np.argsort(-rest, kind="stable")[: entry_points - len(entries)]
-    return np.array([*entries, *more[rest[more] > 0]], np.int32)
 
 
 def unreachable(neighbors: NDArray[np.int32], entries: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -30,15 +30,14 @@ def _search_range(  # type: ignore[no-untyped-def]
     n_keys, dim = codes.shape[1], codes.shape[2]
     degree = neighbors.shape[2]
     n_queries = queries.shape[1]
-    room = max(degree, entries.shape[1])
     per_line = max(_CACHE_LINE_BYTES // codes.itemsize, 1)
     lines = (dim + per_line - 1) // per_line
     seen = np.zeros((n_keys + 63) // 64, np.uint64)
     list_scores = np.empty(limits.max(), np.float32)
     list_ids = np.empty(limits.max(), np.int32)  # ~id once the links of a key were followed
-    fresh = np.empty(room + 1, np.int32)  # one more: what follows the last new key is written, too
-    new_scores = np.empty(room, np.float32)
-    new_ids = np.empty(room, np.int32)
+    fresh = np.empty(degree + 1, np.int32)  # one more: what follows the last new key is written, too
+    new_scores = np.empty(degree, np.float32)
+    new_ids = np.empty(degree, np.int32)
     one = np.uint64(1)
     for item in range(start, stop):
         head, row = item // n_queries, item % n_queries
@@ -46,9 +45,13 @@ def _search_range(  # type: ignore[no-untyped-def]
         limit = limits[head]
         seen[:] = 0
         size, scored, first_open = 0, 0, 0
-        current = -1
+        current, entered = -1, 0
         while True:
-            links = entries[head] if current < 0 else neighbors[head, current]
+            if entered < entries.shape[1]:  # as many entry points at a time as a key has links
+                links = entries[head, entered : entered + degree]
+                entered += degree
+            else:
+                links = neighbors[head, current]
             n_fresh = 0
             for j in range(links.shape[0]):
                 # Without branches: whether a key is new is a toss-up, and a wrong guess costs more than all of this.
@@ -102,6 +105,8 @@ def _search_range(  # type: ignore[no-untyped-def]
                 first_open = min(first_open, place + 1)
             while first_open < size and list_ids[first_open] < 0:
                 first_open += 1
+            if entered < entries.shape[1]:
+                continue
             if first_open >= size:
                 break
             if first_open >= floors[head] and list_scores[first_open] < list_scores[0] - beta[head]:

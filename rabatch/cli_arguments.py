@@ -170,7 +170,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_number(group, "--window-tokens", _BUILD.window_tokens, "last tokens that every query attends")
     add_number(group, "--graph-degree", _GRAPH.degree, "links per key")
     add_number(group, "--graph-key-neighbors", _GRAPH.key_neighbors, "links of them to nearest keys")
-    add_number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts")
+    add_number(group, "--graph-entry-points", _GRAPH.entry_points, "keys where a search starts, at most")
     add_number(group, "--query-share", _BUILD.query_share, "share of the context's queries sampled", kind=float)
     add_number(group, "--query-top-k", _BUILD.query_top_k, "keys kept per sampled query")
     add_number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head to align graphs by")

@@ -70,12 +70,13 @@ class GraphConfig(Checked):
         degree: Links per key. Fewer: smaller index, lower recall.
         key_neighbors: How many of the links are nearest keys (the rest come from queries). 0 trusts the sampled
             queries alone, `degree` ignores them.
-        entry_points: Where a search starts: the keys that most sampled queries rank first.
+        entry_points: Where a search starts, at most (`rabatch.index.entries`). Fewer: keys unlike all others are missed
+            where a text repeats itself.
     """
 
     degree: int = 32
     key_neighbors: int = 12
-    entry_points: int = 16
+    entry_points: int = 256
 
     def __post_init__(self) -> None:
         self.at_least(4, "degree")

@@ -15,6 +15,7 @@ from rabatch.config import BuildConfig, Codec
 from rabatch.errors import KeysError
 from rabatch.index.base import QuerySample
 from rabatch.index.compiled import run_tasks
+from rabatch.index.entries import most_entries
 from rabatch.index.graph import build_layer
 from rabatch.index.profile import GRID, mass_profile
 from rabatch.index.scan import ScanIndex
@@ -60,8 +61,9 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             graphs = build_layer(indexed, samples, config=build.graph, threads=threads)
             neighbors = ascending(np.stack([graph.neighbors for graph in graphs]))  # no search sees their order
             if stop > start:
-                # Graphs may have fewer entry points than asked for; a repeated one changes no search.
-                entries = np.stack([np.resize(graph.entries, build.graph.entry_points) for graph in graphs])
+                # As many for every part of a layer: a repeated entry point changes no search.
+                width = most_entries(stop - start, build.graph.entry_points)
+                entries = np.stack([np.resize(graph.entries, width) for graph in graphs])
         if build.builds("scan"):
             made = ScanIndex.build(indexed, samples, threads=threads)
             scan = ScanCodes(made.codes, made.books, made.exceptions, made.to_query)

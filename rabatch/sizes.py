@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 
 from rabatch.config import BuildConfig, IndexKind, Method
+from rabatch.index.entries import most_entries
 from rabatch.index.scan import EXCEPTIONS
 from rabatch.models import ModelGeometry
 from rabatch.prefill import MAX_UNIT_BYTES
@@ -150,7 +151,7 @@ def _heads(
     if not bare and build.builds("graph"):
         degree = build.graph.degree
         graph = min(rows * degree * id_width(indexed), indexed * packed_width(indexed, degree))
-        small += build.graph.entry_points * 7
+        small += most_entries(indexed, build.graph.entry_points) * 7
         columns += 1
     if not bare and build.builds("scan"):
         n_codes = -(-dim // 2)

@@ -92,7 +92,7 @@ def test_infinite_beta_is_no_limit(k, search_list):
 def test_beta_adapts_the_work_to_the_query():
     """A query with one key far above the rest is done soon; one with many near its best key is not."""
     queries, keys = stressed_layer(3000, 601, head_dim=32)
-    graph = build_layer(keys, samples_of(queries[:, :600], keys), config=GraphConfig())[0]
+    graph = build_layer(keys, samples_of(queries[:, :600], keys), config=GraphConfig(entry_points=16))[0]
     tested = queries[:, 600:]
     sharp, blunt = 8 * tested, tested / 8
     arguments = (encode(keys), graph.neighbors[None], graph.entries[None])
