@@ -124,9 +124,9 @@ def in_turn(
         model=ModelConfig(device="cpu"),
         store_url=store.url,
         storage_options={},
-        recipe=RECIPE,
+        recipes=(RECIPE,),
         generation=GENERATION,
-        answers_url=None,
+        answers_urls=(None,),
         threads=threads,
         slots=SLOTS,
         memory_bytes=1 << 40,
@@ -142,7 +142,7 @@ def in_turn(
         keys = [question["question_id"] for question in asked]
         batches = json.dumps([{"name": name, "questions": asked, "keys": keys}])
         stored = json.dumps(indexes[manifest.content_sha256])
-        made = list(actor(pa.Table.from_pylist([{"index": stored, "batches": batches}])))
+        made = list(actor(pa.Table.from_pylist([{"recipe": 0, "index": stored, "batches": batches}])))
         return [text for one in made for text in texts(decode(one.to_pylist()[0]["answers"], name=name).to_pylist())]
 
     rows, expected = [], None

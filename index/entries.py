@@ -2,8 +2,9 @@
 
 A best-first search sees what is near to where it began. In text that repeats itself, thousands of keys are about
 equally near to a query, fill its list, and lead to each other only: the few keys that differ are never seen. So most
-entry points are the farthest-first traversal of the keys (Gonzalez 1985, Clustering to minimize the maximum intercluster
-distance): no key is farther from its nearest entry point than twice the least radius that as many points could have.
+entry points are the farthest-first traversal of the keys (Gonzalez 1985, Clustering to minimize the maximum
+intercluster distance): no key is farther from its nearest entry point than twice the least radius that as many points
+could have.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ def most_entries(n_keys: int, entry_points: int) -> int:
     return min(entry_points, max(1, n_keys // _KEYS_PER_ENTRY), n_keys)
 
 
-def choose_entries(
-    keys: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int
-) -> NDArray[np.int32]:
+def choose_entries(keys: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int) -> NDArray[np.int32]:
     """Entry points of one graph, no key twice; fewer than asked for where the keys are few or equal to each other.
 
     Args:

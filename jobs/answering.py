@@ -46,7 +46,8 @@ class AnswerSettings:
     """What an answer actor needs to know.
 
     Attributes:
-        answers_url: Of the answers store, where finished batches are kept. None: they go to the driver.
+        recipes: A row says by number which of them its questions are asked with.
+        answers_urls: Of each one's answers store, where finished batches are kept. None: they go to the driver.
         slots: Questions of a document decoded at the same time.
         memory_bytes: Of opened indexes that an actor holds. 0: `automatic_budget`.
         sharing, sharing_card: Actors on one machine, and on one card.
@@ -57,9 +58,9 @@ class AnswerSettings:
     model: ModelConfig
     store_url: str
     storage_options: dict[str, Any]
-    recipe: Recipe
+    recipes: tuple[Recipe, ...]
     generation: GenerationSettings
-    answers_url: str | None
+    answers_urls: tuple[str | None, ...]
     threads: int
     slots: int
     memory_bytes: int
@@ -71,8 +72,8 @@ class AnswerSettings:
 
 
 class AnswerActor:
-    """Rows of (document, batches of questions) in; one row per batch out: what became of it, and without an answers
-    store its answers, as Parquet bytes.
+    """Rows of (recipe, document, batches of questions) in; one row per batch out: what became of it, and without an
+    answers store its answers, as Parquet bytes.
 
     A finished batch is kept in the answers store, so that an interrupted job loses at most the batches under way. It
     may be called from several threads.
@@ -97,8 +98,8 @@ class AnswerActor:
             cache=settings.cache_dir or default_cache_folder(),
             cache_bytes=settings.cache_bytes,
         )
-        url = settings.answers_url
-        self._answers = None if url is None else AnswerStore(url, storage_options=settings.storage_options)
+        urls = settings.answers_urls
+        self._answers = [url and AnswerStore(url, storage_options=settings.storage_options) for url in urls]
         limit_threads(settings.threads)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -106,14 +107,16 @@ class AnswerActor:
             if self._loaded is None:
                 yield one_row({"fatal": self._fatal})
                 return
-            index = Stored(*json.loads(row["index"]))
+            index, number = Stored(*json.loads(row["index"])), row["recipe"]
+            asked = self._settings.recipes[number], json.loads(row["batches"])
             recall = RecallSampler(self._settings.recall_share) if self._settings.recall_share else None
             with self._turns.queue() as turn:
-                for batch, answers in self._answer(turn, self._loaded, index, json.loads(row["batches"]), recall):
+                for batch, answers in self._answer(turn, self._loaded, index, *asked, recall):
                     samples = [] if recall is None else recall.take()
-                    yield one_row({**self._keep(index, batch, answers), "recall": json.dumps(samples)})
+                    told = {"recipe": number, "recall": json.dumps(samples)}
+                    yield one_row({**self._keep(number, index, batch, answers), **told})
 
-    def _keep(self, index: Stored, batch: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _keep(self, number: int, index: Stored, batch: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
         """Put a finished batch where it is safe; what the driver is told of it."""
         rows = [
             {**answer, "content_sha256": index.content_sha256, "answer_key": key}
@@ -121,11 +124,12 @@ class AnswerActor:
         ]
         failed = [[place, row["reason"]] for place, row in enumerate(rows) if row["status"] != "ok"]
         table, data = pa.Table.from_pylist(rows, STORED_ANSWERS), b""
-        if self._answers is None:
+        store = self._answers[number]
+        if not store:
             data = encode(table)
         elif len(failed) < len(rows):
             try:
-                self._answers.put_pending(batch["name"], table)
+                store.put_pending(batch["name"], table)
             except StoreError as error:
                 failed = [[place, f"its answer cannot be kept: {reason(error)}"] for place in range(len(rows))]
                 answers = []
@@ -138,6 +142,7 @@ class AnswerActor:
         turn: Turn,
         loaded: LoadedModel,
         index: Stored,
+        recipe: Recipe,
         batches: list[dict[str, Any]],
         recall: RecallSampler | None,
     ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -157,22 +162,20 @@ class AnswerActor:
             manifest = self._store.get(index.document_id, index.content_sha256, index.fingerprint)
             if manifest is None:
                 raise StoreError("document_id", index.document_id, "its index was withdrawn meanwhile; run again")
-            where = (self._store, manifest, loaded, settings.recipe)
+            where = (self._store, manifest, loaded, recipe)
             with open_context(*where, threads=settings.threads, pool=self._pool, ahead=True) as context:
                 turn.wait()
                 context.load()
                 turn.settle()
                 asked = dataclasses.replace(context, recall=recall)
-                for question, row in answer_each(
-                    asked, questions, settings.recipe, settings.generation, slots=settings.slots
-                ):
+                for question, row in answer_each(asked, questions, recipe, settings.generation, slots=settings.slots):
                     number, place = places[question]
                     rows[number][place] = row
                     if len(rows[number]) == len(batches[number]["questions"]):
                         open_batches.discard(number)
                         yield complete(number)
         except Exception as error:  # noqa: BLE001 (one document must not end the job)
-            why: dict[str, Any] = {"reason": reason(error), "recipe": settings.recipe, "model": settings.model}
+            why: dict[str, Any] = {"reason": reason(error), "recipe": recipe, "model": settings.model}
             for number in sorted(open_batches):
                 for place, question in enumerate(batches[number]["questions"]):
                     failed = failed_row(question, document_id=index.document_id, index=index, **why)

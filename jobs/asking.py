@@ -61,7 +61,8 @@ class Asked:
         self.failures = failures
         self.tally = Tally()
         self.superseded = 0
-        self._keys, self._recipe, self._model, self._store = keys, recipe, model, store
+        self.recipe, self.store = recipe, store
+        self._keys, self._model = keys, model
         self._numbers = {pair.key: number for number, pair in enumerate(pairs)}
         self._sources: list[Source | None] = [None] * len(pairs)
         self._reasons: dict[int, str] = {}
@@ -83,12 +84,12 @@ class Asked:
 
     def find_answered(self) -> int:
         """Look for what earlier runs have answered, also those that never committed; how many pairs that is."""
-        if self._store is None:
+        if self.store is None:
             return 0
         self._read_committed()
-        for name in self._store.pending():
+        for name in self.store.pending():
             try:
-                table = self._store.read_pending(name)
+                table = self.store.read_pending(name)
             except MissingFileError:  # another run has just committed it
                 continue
             except IntegrityError as error:
@@ -147,10 +148,10 @@ class Asked:
         A row is new if it is not the latest of its pair already. So no answer is stored twice, whoever else commits
         meanwhile, and an answer to an earlier text stands again once the document has that text again.
         """
-        if self._store is None:
+        if self.store is None:
             return None
         while True:
-            attempt = self._store.new_attempt()
+            attempt = self.store.new_attempt()
             known = len(self._runs)
             try:
                 parts, placed = self._write(attempt)
@@ -173,7 +174,7 @@ class Asked:
                 counts={"answered": n_ok, "failed": sum(p.rows for p in parts) - n_ok, "reused": reused},
                 seconds=seconds,
             )
-            if self._store.commit(run):
+            if self.store.commit(run):
                 number = run.number
                 for item, part in placed:
                     latest = self._latest[self._pair_key(item)]
@@ -181,10 +182,10 @@ class Asked:
                     if item not in self._reasons:
                         self._sources[item] = part
                 break
-            self._store.discard(run.parts)
+            self.store.discard(run.parts)
             self._read_committed()
         for name in sorted(self._waiting):
-            self._store.drop_pending(name)
+            self.store.drop_pending(name)
         return number
 
     def windows(self) -> Iterator[list[Row]]:
@@ -223,8 +224,8 @@ class Asked:
 
     def _pick(self, source: AnswerPart | str, wanted: set[int]) -> tuple[list[int], pa.Table]:
         """The wanted pairs' rows of a part or waiting batch, and the pairs in their order."""
-        assert self._store is not None
-        table = self._store.read(source) if isinstance(source, AnswerPart) else self._store.read_pending(source)
+        assert self.store is not None
+        table = self.store.read(source) if isinstance(source, AnswerPart) else self.store.read_pending(source)
         found, places = [], []
         columns = (table["answer_key"].to_pylist(), table["status"].to_pylist())
         for place, (key, status) in enumerate(zip(*columns, strict=True)):
@@ -235,10 +236,10 @@ class Asked:
         return found, table.take(pa.array(places, pa.int64()))
 
     def _read_committed(self) -> None:
-        assert self._store is not None
-        for run in self._store.runs(after=len(self._runs)):
+        assert self.store is not None
+        for run in self.store.runs(after=len(self._runs)):
             for part in run.parts:
-                self._see(part, self._store.read(part, columns=_SEEN_COLUMNS))
+                self._see(part, self.store.read(part, columns=_SEEN_COLUMNS))
             self._runs.append(run)
 
     def _see(self, source: AnswerPart | str, table: pa.Table) -> bool:
@@ -268,7 +269,7 @@ class Asked:
 
     def _write(self, attempt: str) -> tuple[list[AnswerPart], list[tuple[int, AnswerPart]]]:
         """Write the parts of a run; also which pair went into which."""
-        assert self._store is not None
+        assert self.store is not None
         parts: list[AnswerPart] = []
         placed: list[tuple[int, AnswerPart]] = []
         tables: list[pa.Table] = []
@@ -277,11 +278,11 @@ class Asked:
             tables.append(table)
             numbers += found
             if sum(t.num_rows for t in tables) >= _PART_ROWS or sum(t.nbytes for t in tables) >= _PART_BYTES:
-                parts.append(self._store.put(pa.concat_tables(tables), attempt=attempt, number=len(parts)))
+                parts.append(self.store.put(pa.concat_tables(tables), attempt=attempt, number=len(parts)))
                 placed += [(number, parts[-1]) for number in numbers]
                 tables, numbers = [], []
         if tables:
-            parts.append(self._store.put(pa.concat_tables(tables), attempt=attempt, number=len(parts)))
+            parts.append(self.store.put(pa.concat_tables(tables), attempt=attempt, number=len(parts)))
             placed += [(number, parts[-1]) for number in numbers]
         return parts, placed
 
@@ -315,11 +316,11 @@ class Asked:
     def _failed_row(self, number: int) -> Row:
         pair = self.pairs[number]
         about: Row = {"document_id": pair.stored.document_id, "index": pair.stored, "reason": self._reasons[number]}
-        return failed_row(self.questions[pair.order], recipe=self._recipe, model=self._model, **about)
+        return failed_row(self.questions[pair.order], recipe=self.recipe, model=self._model, **about)
 
     def _refused_row(self, row: Refused) -> Row:
         about: Row = {"document_id": row.document_id, "reason": row.reason}
-        return failed_row(self.questions[row.order], recipe=self._recipe, model=self._model, **about)
+        return failed_row(self.questions[row.order], recipe=self.recipe, model=self._model, **about)
 
     def _pair_key(self, number: int) -> bytes:
         pair = self.pairs[number]

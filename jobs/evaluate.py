@@ -1,8 +1,8 @@
 """Evaluate: what sparse attention costs in accuracy, per task, length and recipe.
 
-Contexts are documents: `build` prefills each once, into one store whose index serves all recipes; `answer` asks all
-questions once per recipe, each recipe into an answers store of its own. Killed and run again into the same folder, an
-evaluation repeats nothing that is committed.
+Contexts are documents: `build` prefills each once, into one store whose index serves all recipes; then the same actors
+ask all questions once per recipe, each recipe into an answers store of its own. Killed and run again into the same
+folder, an evaluation repeats nothing that is committed.
 
     python -m rabatch.jobs.evaluate --recipes dense,streaming,graph
 """
@@ -24,7 +24,7 @@ from rabatch.evaluation.predictions import prediction, refused
 from rabatch.evaluation.questions import Asked, Question, task_contexts
 from rabatch.evaluation.recipes import Recipes, build_for, named_recipes
 from rabatch.jobs import cluster
-from rabatch.jobs.answer import answer
+from rabatch.jobs.answer import answer_with
 from rabatch.jobs.build import build
 from rabatch.jobs.evaluated import Clock, EvaluationResult, Recall, Sizes
 from rabatch.jobs.observing import Observer
@@ -135,26 +135,24 @@ def evaluate(
     _say(told, progress)
     built = build(documents, config=build_config, **shared)
     clock.lap("build")
-    recall = Recall(folder)
-    results: dict[str, AnswerResult] = {}
-    for number, (name, recipe) in enumerate(named.items(), 1):
-        _say(f"recipe {name} ({number} of {len(named)})", progress)
-        observer.told_recall = recall.of(places[name])
-        try:
-            results[name] = answer(
-                asked_rows,
-                recipe=recipe,
-                generation=generation,
-                output=places[name],
-                export=False,
-                fingerprint=built.fingerprint,
-                documents=may_be_asked(built),
-                **shared,
-            )
-        finally:
-            observer.told_recall = None
-            recall.write()
-        clock.lap("answer", name)
+    recall = Recall(folder, list(places.values()))
+    observer.told_recall = recall.told
+    try:
+        asked_with = [(recipe, places[name]) for name, recipe in named.items()]
+        answered = answer_with(
+            asked_with,
+            asked_rows,
+            generation=generation,
+            export=False,
+            fingerprint=built.fingerprint,
+            documents=may_be_asked(built),
+            **shared,
+        )
+    finally:
+        observer.told_recall = None
+        recall.write()
+    clock.lap("answer")
+    results = dict(zip(named, answered, strict=True))
     predictions = list(_predictions(questions, results))
     sizes = Sizes(made, built, build_config, IndexStore(shared["store"], storage_options=options))
     cells = cells_of(predictions, stored=sizes.per_token(named), recall=recall.by_cell(places, questions))

@@ -37,7 +37,7 @@ class EvaluationResult:
         asked, reused: Answers of this run, and of earlier runs into the same folder.
         failed: Questions without an answer, over all recipes.
         failed_documents: Contexts that could not be built.
-        seconds: Wall time: ``contexts`` (made or read), ``build``, ``answer`` by recipe, ``all``.
+        seconds: Wall time: ``contexts`` (made or read), ``build``, ``answer``, ``all``.
         folder: URL of what was written.
         predictions: Rows of `rabatch.evaluation.predictions.PREDICTIONS`.
     """
@@ -49,7 +49,7 @@ class EvaluationResult:
     reused: int
     failed: int
     failed_documents: int
-    seconds: dict[str, Any]
+    seconds: dict[str, float]
     folder: str
     settings: dict[str, Any]
     first_failures: tuple[str, ...] = ()
@@ -98,39 +98,36 @@ class Clock:
 
     def __init__(self) -> None:
         self._began = self._last = time.perf_counter()
-        self._laps: dict[str, Any] = {}
+        self._laps: dict[str, float] = {}
 
-    def lap(self, step: str, part: str | None = None) -> None:
+    def lap(self, step: str) -> None:
         now = time.perf_counter()
-        spent, self._last = now - self._last, now
-        if part is None:
-            self._laps[step] = spent
-        else:
-            self._laps.setdefault(step, {})[part] = spent
+        self._laps[step], self._last = now - self._last, now
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> dict[str, float]:
         return {**self._laps, "all": time.perf_counter() - self._began}
 
 
 class Recall:
-    """Recall of the searches that were looked at, by answers store and document, kept in the folder between runs."""
+    """Recall of the searches that were looked at, by answers store and document, kept in the folder between runs.
 
-    def __init__(self, folder: Folder) -> None:
+    Args:
+        places: URLs of the answers stores, one per recipe.
+    """
+
+    def __init__(self, folder: Folder, places: Sequence[str]) -> None:
         self._folder = folder
+        self._names = [place.rsplit("/", 1)[-1] for place in places]
         try:
             self._seen: dict[str, dict[str, list[float]]] = json.loads(folder.read(RECALL_FILE))
         except MissingFileError:
             self._seen = {}
 
-    def of(self, place: str) -> Any:
-        """What an observer tells the recall of one recipe's searches."""
-        seen = self._seen.setdefault(place.rsplit("/", 1)[-1], {})
-
-        def told(document_id: str, recall: Sequence[float]) -> None:
-            count, total = seen.get(document_id, (0, 0.0))
-            seen[document_id] = [count + len(recall), total + sum(recall)]
-
-        return told
+    def told(self, recipe: int, document_id: str, recall: Sequence[float]) -> None:
+        """Enter the recall of searches of a recipe, by its number."""
+        seen = self._seen.setdefault(self._names[recipe], {})
+        count, total = seen.get(document_id, (0, 0.0))
+        seen[document_id] = [count + len(recall), total + sum(recall)]
 
     def write(self) -> None:
         self._folder.write(RECALL_FILE, json.dumps(self._seen).encode())

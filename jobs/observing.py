@@ -31,7 +31,7 @@ class Observer:
         storage_options: Of fsspec, for the report.
 
     Attributes:
-        told_recall: If set, is called with a document's id and the recall of searches sampled in it.
+        told_recall: If set, is called with the number of a recipe, a document's id, and the recall of searches sampled.
 
     Raises:
         ConfigError: `report_html` ends otherwise.
@@ -49,7 +49,7 @@ class Observer:
         if self._report is not None and not self._report.endswith((".html", ".htm")):
             raise ConfigError("report_html", report_html, "must end in .html")
         self.run = Run(title)
-        self.told_recall: Callable[[str, Sequence[float]], None] | None = None
+        self.told_recall: Callable[[int, str, Sequence[float]], None] | None = None
         self._visible, self._options = progress, storage_options
         self._metrics: Metrics | None = None
         self._phase: Phase | None = None
@@ -120,13 +120,20 @@ class Observer:
         self._advance(tokens=tokens)
 
     def answered(
-        self, answers: Iterable[Answer], *, document_id: str, fingerprint: str, recall: Sequence[float] = ()
+        self,
+        answers: Iterable[Answer],
+        *,
+        document_id: str,
+        fingerprint: str,
+        recall: Sequence[float] = (),
+        recipe: int = 0,
     ) -> None:
         """Questions of a document are answered.
 
         Args:
             answers: Seconds, generated tokens and share of the keys attended of each.
             recall: Sampled while they were answered.
+            recipe: Number of the recipe that they are answered with.
         """
         phase, metrics = self._current()
         for seconds, tokens, share in answers:
@@ -140,7 +147,7 @@ class Observer:
                 metrics.attended_share.observe(share)
             self._advance(tokens=tokens)
         if recall and self.told_recall is not None:
-            self.told_recall(document_id, recall)
+            self.told_recall(recipe, document_id, recall)
         for share in recall:
             phase.recall.add(share)
             metrics.recall.observe(share)

@@ -11,10 +11,12 @@ import pytest
 from answer_samples import files
 
 from rabatch.cli import main
-from rabatch.config import BuildConfig
+from rabatch.config import BuildConfig, Resources
 from rabatch.errors import ConfigError, StoreError
-from rabatch.jobs import evaluate as module
+from rabatch.jobs import working
+from rabatch.jobs.answering import AnswerActor
 from rabatch.jobs.evaluate import evaluate
+from rabatch.jobs.observing import Observer
 
 RECIPES = ("dense", "streaming", "graph:top_k=16")
 ASKED = {
@@ -27,32 +29,55 @@ ASKED = {
     "progress": False,
 }
 CONTEXTS, QUESTIONS = 2 * (3 + 2), 2 * (3 + 3)
+ANSWERED = 5
+
+
+class Killed(Observer):
+    """Ends a run once some questions are answered."""
+
+    def answered(self, answers, **about):
+        super().answered(answers, **about)
+        if sum(phase.counts["answered"] for phase in self.run.phases) >= ANSWERED:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
 def evaluated(local_ray, tmp_path_factory):
-    """A run that is killed after the first recipe, and the one that goes on; both results' folder."""
+    """A run that is killed while it answers, and the one that goes on; both results' folder."""
     out = tmp_path_factory.mktemp("evaluation")
-    calls: list[str] = []
-    answer = module.answer
-
-    def killed(*args, **options):
-        calls.append(options["output"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return answer(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "answer", killed)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(out=out, **ASKED)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(out=out, observer=Killed(progress=False), **ASKED)
     return evaluate(out=out, **ASKED), out
 
 
 def test_a_killed_evaluation_goes_on(evaluated):
     result, _ = evaluated
-    assert (result.reused, result.asked) == (QUESTIONS, 2 * QUESTIONS)
+    assert result.reused + result.asked == 3 * QUESTIONS
+    assert result.reused >= ANSWERED
+    assert result.asked > 0
     assert (result.failed, result.failed_documents, result.exit_code) == (0, 0, 0)
+
+
+def test_the_model_is_loaded_once_for_all_recipes(evaluated, monkeypatch, tmp_path):
+    """One actor asks with every recipe."""
+    _, out = evaluated
+    loads = tmp_path / "loads"
+    loads.mkdir()
+    where = str(loads)
+
+    class Counting(AnswerActor):
+        def __init__(self, settings):
+            import secrets
+            from pathlib import Path
+
+            (Path(where) / secrets.token_hex(8)).touch()
+            super().__init__(settings)
+
+    monkeypatch.setattr(working, "AnswerActor", Counting)
+    resources = Resources(answer_actors=1)
+    again = evaluate(out=tmp_path / "again", store=out / "index", resources=resources, **ASKED)
+    assert again.asked == 3 * QUESTIONS
+    assert len(list(loads.iterdir())) == 1
 
 
 def test_a_second_run_asks_nothing_and_writes_nothing_into_the_stores(evaluated):
@@ -99,7 +124,7 @@ def test_what_is_written(evaluated):
     assert json.loads(lines[0]["answers"]) == rows[0]["answers"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["cells"] == [cell.to_dict() for cell in result.cells]
-    assert set(metrics["seconds"]["answer"]) == set(RECIPES)
+    assert set(metrics["seconds"]) == {"contexts", "build", "answer", "all"}
     assert "## Contexts of 256 tokens" in (out / "report.md").read_text()
     assert (out / "report.html").read_text().count("<figure>") == 2 * 2 + 3
 

@@ -35,9 +35,9 @@ class Watched:
             model=ModelConfig(name="demo", device="cpu"),
             store_url=str(store),
             storage_options={},
-            recipe=Recipe(),
+            recipes=(Recipe(),),
             generation=SHORT,
-            answers_url=None,
+            answers_urls=(None,),
             threads=torch.get_num_threads(),
             slots=16,
             memory_bytes=memory_bytes,
@@ -71,6 +71,7 @@ class Watched:
         names = ("question_id", "question", "expected")
         asked = [{name: q[name] for name in names} for q in self.questions if q["document_id"] == document_id]
         row = {
+            "recipe": 0,
             "index": json.dumps(self.stored[document_id]),
             "batches": json.dumps(
                 [{"name": document_id, "questions": asked, "keys": [q["question_id"] for q in asked]}]

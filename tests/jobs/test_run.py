@@ -13,7 +13,7 @@ import rabatch
 from rabatch.cli import main
 from rabatch.config import BuildConfig, GenerationSettings, Resources
 from rabatch.errors import FailedRowsError, SourceError
-from rabatch.jobs import answer as answer_module
+from rabatch.jobs import working
 from rabatch.jobs.answer import answer
 from rabatch.jobs.answering import AnswerActor
 from rabatch.jobs.build import build
@@ -32,7 +32,7 @@ def asked(tmp_path, monkeypatch):
     where = str(folder)
 
     class Counting(AnswerActor):
-        def _answer(self, turn, loaded, index, batches, recall):
+        def _answer(self, turn, loaded, index, recipe, batches, recall):
             import secrets
             from pathlib import Path
 
@@ -40,9 +40,9 @@ def asked(tmp_path, monkeypatch):
                 for question in batch["questions"]:
                     name = f"{question['question_id']}|{index.document_id}|{secrets.token_hex(4)}"
                     (Path(where) / name).write_text("")
-            yield from super()._answer(turn, loaded, index, batches, recall)
+            yield from super()._answer(turn, loaded, index, recipe, batches, recall)
 
-    monkeypatch.setattr(answer_module, "AnswerActor", Counting)
+    monkeypatch.setattr(working, "AnswerActor", Counting)
 
     def take():
         calls = sorted(tuple(path.name.split("|")[:2]) for path in folder.iterdir())
