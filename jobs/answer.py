@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from rabatch.config import GenerationSettings, Method, ModelConfig, Recipe, Resources
+from rabatch.config import GenerationSettings, ModelConfig, Recipe, Resources
 from rabatch.exporting import write_windows
 from rabatch.fingerprint import check_heads, model_fields
 from rabatch.jobs import cluster
@@ -32,6 +32,7 @@ from rabatch.storage.answers import AnswerKeys, AnswerStore
 from rabatch.storage.manifest import fingerprint_of
 from rabatch.storage.store import IndexStore
 from rabatch.storage.summaries import digest_of
+from rabatch.traits import Method
 
 Place: TypeAlias = str | os.PathLike[str]
 

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from rabatch.config import Recipe
 from rabatch.errors import FingerprintError
 from rabatch.index.profile import GRID
-from rabatch.selectors.quest import whole_pages
 
 _HELPS = 0.05
 """Of the mass outside the static set, what `top_k` keys have to hold for a search to be worth it."""
@@ -56,7 +55,8 @@ def head_budget(
             raise FingerprintError("budget", kind, fix)
         for head, held in enumerate(profile):
             budget[head] = _of_profile(held, recipe.top_k, recipe.mass)
-    return whole_pages(budget) if recipe.method == "quest" else budget
+    page = recipe.traits.page_keys
+    return -(-budget // page) * page
 
 
 def _of_profile(held: NDArray[np.float32], top_k: int, mass: float) -> int:

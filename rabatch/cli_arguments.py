@@ -16,10 +16,8 @@ from typing import Any, NoReturn, Protocol
 from rabatch.cli_options import add_heads, heads_of, json_object, pool
 from rabatch.config import (
     CODECS,
-    COMPARED,
     DTYPES,
     INDEX_KINDS,
-    METHODS,
     BuildConfig,
     GenerationSettings,
     GraphConfig,
@@ -28,6 +26,7 @@ from rabatch.config import (
     Resources,
 )
 from rabatch.errors import ConfigError, RabatchError
+from rabatch.traits import COMPARED, METHODS
 
 EXIT_FAILED_ROWS = 1
 EXIT_COULD_NOT_RUN = 2

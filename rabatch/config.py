@@ -9,21 +9,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rabatch.checked import Checked, WithHeads
 from rabatch.errors import ConfigError
+from rabatch.traits import COMPARED, METHODS, TRAITS, Method, Traits
 
 DTYPES = ("float32", "bfloat16", "float16")
-Method = Literal[
-    "dense", "streaming", "flat", "graph", "scan", "auto",
-    "ivf", "hnsw", "vamana", "quest", "snapkv", "pyramidkv", "h2o", "infinigen",
-]  # fmt: skip
-METHODS: tuple[Method, ...] = get_args(Method)
-COMPARED: tuple[Method, ...] = METHODS[METHODS.index("ivf") :]
-"""Methods of others, there to be compared with (docs/methods.md)."""
-DENSE_LAYERS: dict[Method, int] = {"quest": 2, "infinigen": 1}
-"""First layers in which every key is attended, as published."""
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
 _SCANNED_KEYS = 1 << 15
 """Up to so many keys four candidates per key that is wanted find .97 and more of the mass (docs/decode.md)."""
@@ -246,33 +238,33 @@ class Recipe(WithHeads):
         return fields
 
     @property
-    def observes_questions(self) -> bool:
-        """Whether keys are chosen by the attention of the question's own tokens, which is exact then."""
-        return self.method in ("snapkv", "pyramidkv")
+    def traits(self) -> Traits:
+        """Of the method."""
+        return TRAITS[self.method]
 
     @property
     def attends_all(self) -> bool:
         """Whether there can be passes that attend every key of the context."""
         questions = self.question_attention != "index" and self.method != "streaming"
-        return self.method in ("dense", "auto") or questions or self.observes_questions
+        return self.method in ("dense", "auto") or questions or self.traits.observes_questions
 
     @property
     def budget_in_use(self) -> str:
         """`budget`, as far as the method has it."""
         if self.method not in COMPARED:
             return self.budget
-        return "pyramid" if "pyramid" in (self.budget, self.method.removesuffix("kv")) else "fixed"
+        return "pyramid" if self.budget == "pyramid" or self.traits.falling_budget else "fixed"
 
     @property
     def leading_dense_layers(self) -> int:
         """First layers in which every key is attended."""
-        return DENSE_LAYERS.get(self.method, 0) if self.dense_layers is None else self.dense_layers
+        return self.traits.dense_layers if self.dense_layers is None else self.dense_layers
 
     def candidates(self, n_keys: int) -> int:
         """The number of candidates of a search of so many keys; never below `top_k`."""
-        several = 2.0
+        several: float = self.traits.candidates_per_key
         if self.method == "scan":
-            several = 4 * max(1.0, math.sqrt(n_keys / _SCANNED_KEYS))
+            several *= max(1.0, math.sqrt(n_keys / _SCANNED_KEYS))
         return max(self.search_list or round(several * self.top_k), self.top_k)
 
 

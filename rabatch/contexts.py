@@ -19,7 +19,7 @@ from rabatch.attention.coded import CodedRows
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.recall import RecallSampler
 from rabatch.budgets import head_budget
-from rabatch.config import COMPARED, Recipe
+from rabatch.config import Recipe
 from rabatch.errors import FingerprintError, IntegrityError, KeysError, StoreError
 from rabatch.fingerprint import check_heads
 from rabatch.layers import Layers
@@ -231,7 +231,7 @@ def _context_layer(
             recipe, block.profile, n_kv_heads=n_kv, n_keys=stop - start, layer=block.layer, full_layers=full
         )
         whole = recipe.budget_in_use != "mass" and bool((budget >= stop - start).all())  # nothing is left to estimate
-        estimated = recipe.method not in COMPARED and recipe.estimate is not False and not whole
+        estimated = "zones" in recipe.traits.reads and recipe.estimate is not False and not whole
         if estimated and recipe.estimate and block.zones is None:
             fix = "the index holds no zones; build it with --zone-tokens, or choose --no-estimate"
             raise FingerprintError("estimate", recipe.estimate, fix)

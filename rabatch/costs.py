@@ -12,8 +12,9 @@ import torch
 from rabatch.attention.context import QuestionAttention
 from rabatch.attention.layer import ContextLayer
 from rabatch.attention.seam import AttentionCall
-from rabatch.config import Method, Recipe
+from rabatch.config import Recipe
 from rabatch.contexts import OpenContext
+from rabatch.traits import Method
 
 _log = logging.getLogger(__name__)
 _FOR_SPEED: tuple[Method, ...] = ("graph", "scan")  # beside dense
@@ -43,7 +44,7 @@ def chosen(context: OpenContext, recipe: Recipe, *, questions: int) -> Recipe:
     if recipe.question_attention == "auto":
         several = min(questions, _QUESTIONS)
         options = [dataclasses.replace(recipe, question_attention=how) for how in ("exact", "index")]
-        if recipe.method not in ("dense", "streaming") and not recipe.observes_questions:
+        if recipe.method not in ("dense", "streaming") and not recipe.traits.observes_questions:
             options.sort(key=lambda option: _pass_seconds(context, option, several, _QUESTION_TOKENS))
         recipe = options[0]
         _log.info("auto: questions of %s attend by %s", context.manifest.document_id, recipe.question_attention)

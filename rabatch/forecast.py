@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rabatch.config import BuildConfig, Method, Recipe
+from rabatch.config import BuildConfig, Recipe
 from rabatch.flops import ModelWork
 from rabatch.storage.codecs import code_width
+from rabatch.traits import Method
 
 METHODS: tuple[Method, ...] = ("dense", "flat", "graph", "scan")
 """What is compared. `streaming` answers another question, and `auto` is one of these."""

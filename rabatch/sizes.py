@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from rabatch.config import BuildConfig, IndexKind, Method
+from rabatch.config import BuildConfig, IndexKind
 from rabatch.index.entries import most_entries
 from rabatch.index.scan import EXCEPTIONS
 from rabatch.models import ModelGeometry
@@ -23,6 +23,7 @@ from rabatch.storage.columns import id_width
 from rabatch.storage.filesystem import PIECE_BYTES
 from rabatch.storage.layout import MASS_BYTES, STATES
 from rabatch.storage.packed_ids import packed_width
+from rabatch.traits import Method
 from rabatch.units import index_range
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -26,6 +26,7 @@ BASE = (
     "rabatch.errors",
     "rabatch.head_pattern",
     "rabatch.records",
+    "rabatch.traits",
 )
 MAX_LINES = 400
 

@@ -122,7 +122,7 @@ class QuestionAttention:
         """Whether the tokens of this pass attend every key of the context."""
         recipe = self.recipe
         questions = recipe.question_attention == "exact" and recipe.method != "streaming"
-        return recipe.method == "dense" or (self._question and (questions or recipe.observes_questions))
+        return recipe.method == "dense" or (self._question and (questions or recipe.traits.observes_questions))
 
     def _sparse(
         self, call: AttentionCall, layer: ContextLayer, grouped: Tensor, states: tuple[Tensor, Tensor]

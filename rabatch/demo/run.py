@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rabatch.config import GenerationSettings, Method, Resources
+from rabatch.config import GenerationSettings, Resources
 from rabatch.demo.corpus import write_corpus
 from rabatch.errors import StoreError
+from rabatch.traits import Method
 
 RECIPES: tuple[Method, ...] = ("graph", "dense", "streaming")
 _SAMPLES = 6

@@ -21,8 +21,6 @@ DUO = "duo+"
 Recipes: TypeAlias = str | Sequence[str | Recipe] | Mapping[str, str | Recipe | Mapping[str, Any]]
 
 _HEADS = ("head_pattern", "head_sparsity", "head_threshold")
-_NEEDS: Mapping[str, Mapping[str, Any]] = {"h2o": {"key_mass": True}}
-"""By method, fields of `BuildConfig` without which an index does not serve it."""
 
 
 def named_recipes(recipes: Recipes, heads: Mapping[str, Any] | None = None) -> dict[str, Recipe]:
@@ -94,5 +92,5 @@ def build_for(recipes: Mapping[str, Recipe], config: BuildConfig | None = None) 
     """The build whose one index serves all of the recipes: `config`, and what they need beyond it."""
     needed: dict[str, Any] = {}
     for recipe in recipes.values():
-        needed |= _NEEDS.get(recipe.method, {})
+        needed |= recipe.traits.build
     return dataclasses.replace(config or BuildConfig(), **needed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from rabatch.config import BuildConfig, Recipe
 from rabatch.models import ModelGeometry
 from rabatch.sizes import StoredBytes, index_size
 from rabatch.storage.manifest import Geometry
-
-_ESTIMATING = ("flat", "graph", "scan", "auto")
+from rabatch.traits import Column
 
 
 def needed_bytes(recipe: Recipe, contexts: Iterable[int], geometry: Geometry, build: BuildConfig) -> int:
@@ -41,13 +40,9 @@ def _needed(recipe: Recipe, n_tokens: int, geometry: Geometry, build: BuildConfi
         kept = np.logical_and.reduce([np.array(pattern, bool) for pattern in patterns])
         build = dataclasses.replace(build, head_pattern=kept.astype(float).tolist())
     stored = _bytes(n_tokens, geometry, build)
-    columns = {
-        "graph": method in ("graph", "auto"),
-        "codes": method in ("scan", "auto"),
-        "zones": method in _ESTIMATING and recipe.estimate is not False,
-        "mass": method == "h2o",
-    }
-    return sum(value for name, value in vars(stored).items() if columns.get(name, True))
+    reads = recipe.traits.reads - ({"zones"} if recipe.estimate is False else set())
+    left_out = {column for column in get_args(Column) if column not in reads}
+    return sum(value for name, value in vars(stored).items() if name not in left_out)
 
 
 def _bytes(n_tokens: int, geometry: Geometry, build: BuildConfig) -> StoredBytes:

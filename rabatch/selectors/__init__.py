@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rabatch.attention.selection import Selection
 from rabatch.attention.sets import stored_bits
-from rabatch.config import Method, Recipe
+from rabatch.config import Recipe
 from rabatch.index.base import Searchable
 from rabatch.index.codes import KeyCodes
 from rabatch.loading import LoadedModel
@@ -31,6 +31,7 @@ from rabatch.selectors.snapkv import SnapKvSelection, open_snapkv
 from rabatch.selectors.vamana import open_vamana
 from rabatch.storage.blocks import DTYPE_NAMES, LayerBlock
 from rabatch.storage.manifest import Geometry
+from rabatch.traits import Method
 
 RETRIEVING: dict[Method, Opener] = {
     "flat": open_flat,

@@ -10,8 +10,9 @@ from rabatch.index.codes import KeyCodes
 from rabatch.index.flat import FlatIndex
 from rabatch.index.rerank import rerank
 from rabatch.selectors.opening import Opening, OverKeys
+from rabatch.traits import TRAITS
 
-PAGE_KEYS = 16
+PAGE_KEYS = TRAITS["quest"].page_keys
 """Of consecutive tokens."""
 
 
@@ -47,11 +48,6 @@ class QuestIndex(OverKeys):
         found.ids[:] = np.where(ids < self.n_keys, ids, -1)
         found.visited[:] = found.distances[:] = self._bounds.n_keys
         return rerank(found, self.keys, queries, k=k, threads=self.threads)
-
-
-def whole_pages(budget: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Keys of the fewest pages that hold so many, of each head."""
-    return -(-budget // PAGE_KEYS) * PAGE_KEYS
 
 
 def open_quest(opening: Opening) -> QuestIndex:

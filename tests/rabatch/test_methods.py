@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rabatch.attention.context import QuestionAttention
-from rabatch.config import METHODS, BuildConfig, GenerationSettings, ModelConfig, Recipe
+from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import OpenContext, open_context
 from rabatch.decode import answer_batch
 from rabatch.demo.corpus import generate_document
@@ -18,6 +18,7 @@ from rabatch.selectors import RETRIEVING
 from rabatch.selectors.quest import PAGE_KEYS
 from rabatch.storage.manifest import Manifest
 from rabatch.storage.store import IndexStore
+from rabatch.traits import METHODS
 from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import save_tiny_model
 
@@ -149,7 +150,7 @@ def test_no_more_than_its_budget_is_attended(demo: Stored, method: Any) -> None:
     most = SINK + WINDOW + TOP_K + (PAGE_KEYS if method == "quest" else 0)
     for row in rows:
         share = row["attended_share"] * n
-        if recipe.observes_questions:  # the question's own pass is exact
+        if recipe.traits.observes_questions:  # the question's own pass is exact
             passes = row["question_tokens"], row["answer_tokens"] + (row["finish_reason"] == "stop") - 1
             share = (share * sum(passes) - n * passes[0]) / passes[1]
         sparse = (share * layers - n * dense) / (layers - dense)

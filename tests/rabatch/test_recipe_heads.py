@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rabatch import config
+from rabatch import traits
 from rabatch.cli_arguments import Parser, add_answer, answer_settings
 from rabatch.config import BuildConfig, GenerationSettings, ModelConfig, Recipe
 from rabatch.contexts import open_context
@@ -33,7 +33,7 @@ BUILD = BuildConfig(
 )
 CODED = dataclasses.replace(BUILD, key_codec="int8", value_codec="kivi2")
 QUESTIONS = ["What is the gate code?", "Who manages the old mill near the river, and why?", "When?"]
-METHODS = [m for m in config.METHODS if m != "auto"]
+METHODS = [m for m in traits.METHODS if m != "auto"]
 STEPS = 3
 
 
