@@ -101,6 +101,8 @@ def test_equal_gates_are_told_apart_and_always_alike() -> None:
     assert resolve(gates, sparsity=0.5) == resolve(gates.copy(), sparsity=0.5)
     assert resolve(gates, sparsity=0.5, seed=1) != resolve(gates, sparsity=0.5)
     assert (gates[2:] == 1).all()  # and the gates stay as they are
+    mixed = kept.any(axis=1) & ~kept.all(axis=1)
+    assert mixed.sum() == 0  # 16 heads of the six layers stream: two layers, not some heads of each
 
 
 def test_true_and_false_need_no_threshold(tmp_path: Path) -> None:
