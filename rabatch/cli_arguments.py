@@ -175,6 +175,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     add_number(group, "--sample-vectors", _BUILD.sample_vectors, "sampled queries per KV head to align graphs by")
     add_number(group, "--zone-tokens", _BUILD.zone_tokens, "keys per zone that estimates unretrieved keys; 0: no zones")
     group.add_argument("--key-mass", action="store_true", help="keep how much sampled queries attend each key, for h2o")
+    group.add_argument("--query-vectors", action="store_true", help="keep the sampled query vectors, for vamana")
     group.add_argument("--kv-dtype", choices=("auto", *DTYPES), default=_BUILD.kv_dtype, help="stored dtype")
     for of in ("key", "value"):
         what = f"how {of}s of the index are encoded: none (as --kv-dtype), int8, or 4 or 2 bits in KIVI's groups of 32"
@@ -301,6 +302,7 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         sample_vectors=arguments.sample_vectors,
         zone_tokens=arguments.zone_tokens,
         key_mass=arguments.key_mass,
+        query_vectors=arguments.query_vectors,
         prefill_chunk_tokens=arguments.prefill_chunk_tokens,
         kv_dtype=arguments.kv_dtype,
         key_codec=arguments.key_codec,

@@ -96,6 +96,8 @@ class BuildConfig(WithHeads):
         zone_tokens: Keys per zone, about: what is not retrieved can be estimated from the sums of zones. Smaller: a
             little better, and more zones for every query to look at. 0: no zones are stored.
         key_mass: Whether the attention that the sampled queries give each key is summed and stored, for recipe ``h2o``.
+        query_vectors: Whether the `sample_vectors` are stored too, for recipe ``vamana``; of a KV head at most as many
+            as the context has tokens.
         prefill_chunk_tokens: Tokens per forward pass. Memory grows with it; results do not change beyond rounding,
             so it is not part of the fingerprint.
         kv_dtype: Stored dtype; ``"auto"`` is the checkpoint's.
@@ -120,6 +122,7 @@ class BuildConfig(WithHeads):
     sample_vectors: int = 1024
     zone_tokens: int = 64
     key_mass: bool = False
+    query_vectors: bool = False
     prefill_chunk_tokens: int = 2048
     kv_dtype: str = "auto"
     key_codec: Codec = "none"
@@ -140,6 +143,9 @@ class BuildConfig(WithHeads):
         self.one_of("value_codec", CODECS)
         if self.key_mass and self.index == "none":
             raise ConfigError("key_mass", self.key_mass, "is of the queries sampled for an index; build with an index")
+        if self.query_vectors and (self.index == "none" or not self.sample_vectors):
+            fix = "are those sampled for an index; build with an index, and sample_vectors > 0"
+            raise ConfigError("query_vectors", self.query_vectors, fix)
         if not 0 < self.query_share <= 1:
             raise ConfigError("query_share", self.query_share, "must be in (0, 1]")
 
@@ -154,8 +160,9 @@ class BuildConfig(WithHeads):
         for name in ("key_codec", "value_codec"):  # what is stored without is what was stored before there were any
             if fields[name] == "none":
                 del fields[name]
-        if not self.key_mass:
-            del fields["key_mass"]
+        for name in ("key_mass", "query_vectors"):  # likewise
+            if not fields[name]:
+                del fields[name]
         if not self.builds("graph"):
             del fields["graph"]
         if self.index == "none":

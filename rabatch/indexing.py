@@ -50,7 +50,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             fix = "must be finite; the prefill overflowed, choose another dtype for the model"
             raise KeysError(f"{name} of layer {unit['layer']}", "not finite", fix)
     n_tokens, rows = unit["context_tokens"], keys.shape[1]
-    neighbors = entries = scan = zones = profile = mass = None
+    neighbors = entries = scan = zones = profile = mass = queries = None
     start, stop = index_range(n_tokens, build)
     streaming = geometry.streaming_among(unit["layer"], range(unit["head_start"], unit["head_stop"])) > 0
     bare = streaming or geometry.sliding_windows[unit["layer"]] > 0
@@ -72,6 +72,10 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         if build.key_mass:
             mass = unit_array(unit["mass"], np.float32).reshape(heads, -1)
             mass = mass if mass.size else np.zeros((heads, stop - start), np.float32)  # no query was sampled
+        if build.query_vectors:
+            sampled = unit_array(unit["queries"], np.float32).reshape(heads, -1, geometry.head_dim)
+            kept = np.unique(np.linspace(0, max(sampled.shape[1] - 1, 0), min(sampled.shape[1], rows)).astype(int))
+            queries = torch.from_numpy(sampled[:, kept]).to(keys.dtype)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
     positions = static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)
     block = LayerBlock(
@@ -86,6 +90,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
         zones=zones,
         profile=profile,
         key_mass=mass,
+        queries=queries,
         index_start=0 if bare else start,
     )
     return block if bare else coded_block(block, (start, stop), build.key_codec, build.value_codec)

@@ -49,6 +49,7 @@ class StoredBytes:
         codes: 4-bit codes, with what decodes them.
         zones: The zone of every key.
         mass: How much every key was attended.
+        queries: Sampled query vectors.
         tokens: Token ids and where they stand in the text.
         parquet: Footers and headers.
     """
@@ -58,6 +59,7 @@ class StoredBytes:
     codes: int = 0
     zones: int = 0
     mass: int = 0
+    queries: int = 0
     tokens: int = 0
     parquet: int = 0
 
@@ -147,7 +149,7 @@ def _heads(
     covered = 0 if streams or window else stop - start
     bare = streams or window > 0 or build.index == "none"
     indexed = 0 if bare else covered
-    graph = codes = zones = mass = small = 0
+    graph = codes = zones = mass = queries = small = 0
     columns = 3
     if not bare and build.builds("graph"):
         degree = build.graph.degree
@@ -165,6 +167,9 @@ def _heads(
     if not bare and build.key_mass:
         mass = indexed * MASS_BYTES
         columns += 1
+    if not bare and build.query_vectors:
+        queries = min(_sampled_vectors(n_tokens, indexed, shape, build), rows) * dim * item
+        columns += 1
     kv = 2 * rows * dim * item
     for of, codec in zip(STATES, (build.key_codec, build.value_codec), strict=True):
         if codec != "none" and covered:
@@ -173,7 +178,7 @@ def _heads(
             small += 2 * dim * 2 * 4 // 3  # scale and center
             columns += 1 + (groups > 0)
     parquet = columns * _COLUMN_BYTES + small
-    per_head = StoredBytes(kv=kv, graph=graph, codes=codes, zones=zones, mass=mass, parquet=parquet)
+    per_head = StoredBytes(kv=kv, graph=graph, codes=codes, zones=zones, mass=mass, queries=queries, parquet=parquet)
     step = min(heads, max(1, MAX_UNIT_BYTES // max(1, _travelling_bytes(n_tokens, rows, indexed, shape, build, item))))
     n_parts = -(-heads // step)
     stored = StoredBytes(*(heads * value for value in vars(per_head).values()))
@@ -187,11 +192,21 @@ def _travelling_bytes(
 ) -> int:
     """Of a KV head on its way to graph construction, by which a layer is cut into parts (`rabatch.prefill`)."""
     group = shape.n_query_heads // shape.n_kv_heads
-    ranking = n_tokens - min(min(build.sink_tokens, n_tokens) + build.window_tokens, n_tokens)
-    sampled = round(ranking * build.query_share) if indexed else 0
-    vectors = group * min(build.sample_vectors // group, sampled) * shape.head_dim * 4
+    sampled = _sampled_positions(n_tokens, indexed, build)
+    vectors = _sampled_vectors(n_tokens, indexed, shape, build) * shape.head_dim * 4
     mass = indexed * MASS_BYTES if build.key_mass else 0
     return rows * shape.head_dim * 2 * item + group * sampled * build.query_top_k * 4 + vectors + mass
+
+
+def _sampled_positions(n_tokens: int, indexed: int, build: BuildConfig) -> int:
+    ranking = n_tokens - min(min(build.sink_tokens, n_tokens) + build.window_tokens, n_tokens)
+    return round(ranking * build.query_share) if indexed else 0
+
+
+def _sampled_vectors(n_tokens: int, indexed: int, shape: ModelGeometry, build: BuildConfig) -> int:
+    """Of a KV head."""
+    group = shape.n_query_heads // shape.n_kv_heads
+    return group * min(build.sample_vectors // group, _sampled_positions(n_tokens, indexed, build))
 
 
 def _requests(part_bytes: Sequence[int]) -> Requests:

@@ -17,7 +17,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 COMPARED: tuple[Method, ...] = METHODS[METHODS.index("ivf") :]
 """Methods of others, to be compared with. Their budget is fixed, or falls over the layers if that is asked for."""
 
-Column = Literal["graph", "codes", "zones", "mass"]
+Column = Literal["graph", "codes", "zones", "mass", "queries"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ TRAITS: Mapping[Method, Traits] = {
     "auto": Traits(reads=frozenset({"graph", "codes", "zones"})),
     "ivf": Traits(),
     "hnsw": Traits(),
-    "vamana": Traits(),
+    "vamana": Traits(reads=frozenset({"queries"}), build={"query_vectors": True}),
     "quest": Traits(dense_layers=2, page_keys=16),
     "snapkv": Traits(observes_questions=True),
     "pyramidkv": Traits(observes_questions=True, falling_budget=True),

@@ -39,6 +39,8 @@ class LayerBlock:
             held by the static set, and by it and the best 8, 16, ... other keys. None: not known.
         key_mass: [n_heads, index_rows] float32 >= 0: the attention that sampled queries of the context gave each key
             of the index, summed. None: it was not kept.
+        queries: [n_heads, n <= rows, head_dim] in the dtype of the keys: sampled query vectors of the context, of all
+            query heads of a KV head. None: they were not kept.
         index_start: First row of the key index, in rows.
     """
 
@@ -53,6 +55,7 @@ class LayerBlock:
     zones: NDArray[np.int32] | None = None
     profile: NDArray[np.float32] | None = None
     key_mass: NDArray[np.float32] | None = None
+    queries: torch.Tensor | None = None
     index_start: int = 0
     key_codes: Coded | None = None
     value_codes: Coded | None = None
@@ -107,6 +110,7 @@ class LayerBlock:
             zones=None if self.zones is None else self.zones[part],
             profile=None if self.profile is None else self.profile[part],
             key_mass=None if self.key_mass is None else self.key_mass[part],
+            queries=None if self.queries is None else self.queries[part],
             index_start=self.index_start,
             key_codes=None if self.key_codes is None else self.key_codes.select(part),
             value_codes=None if self.value_codes is None else self.value_codes.select(part),
@@ -118,7 +122,7 @@ class LayerBlock:
         ids = degree + (self.zones is not None) + (self.key_mass is not None) + 1  # of neighbors, zone, mass, position
         codes = 0 if self.scan is None else self.scan.code_width
         codes += sum(coded.row_bytes for coded in (self.key_codes, self.value_codes) if coded is not None)
-        plain = sum(int(states.shape[1]) for states in (self.keys, self.values))
+        plain = sum(int(s.shape[1]) for s in (self.keys, self.values, self.queries) if s is not None)
         head_bytes = plain * self.head_dim * self.keys.element_size() + self.rows * (4 * ids + codes)
         step = max(1, max_bytes // max(1, head_bytes))
         for start in range(self.head_start, self.head_stop, step):
@@ -144,6 +148,8 @@ class LayerBlock:
             and np.array_equal(self.positions, other.positions)
             and np.array_equal(bits(self.keys), bits(other.keys))
             and np.array_equal(bits(self.values), bits(other.values))
+            and (self.queries is None) == (other.queries is None)
+            and (self.queries is None or np.array_equal(bits(self.queries), bits(other.queries)))  # type: ignore[arg-type]
             and all((a is None) == (b is None) and (a is None or np.array_equal(a, b)) for a, b in optional)
         )
 
@@ -218,6 +224,13 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         known = indexed and mass.shape == wanted and mass.dtype == np.float32
         rule(known, "mass", (mass.shape, str(mass.dtype)), f"must be float32 {list(wanted)}, with an index")
         rule(bool(np.isfinite(mass).all() and (mass >= 0).all()), "mass", "not a sum", "must be finite and >= 0")
+    if block.queries is not None:
+        queries, most = block.queries, (shape[0], f"at most {shape[1]}", shape[2])
+        known = queries.ndim == 3 and queries.shape[0] == shape[0] and queries.shape[1] <= shape[1]
+        known = known and queries.shape[2] == shape[2] and queries.dtype == block.keys.dtype
+        about = (tuple(queries.shape), str(queries.dtype))
+        rule(indexed and known, "queries", about, f"must be {list(most)} in the dtype of the keys, with an index")
+        rule(bool(torch.isfinite(queries).all()), "queries", "not finite", "must be finite")
     if block.profile is not None:
         shares, wanted = block.profile, (shape[0], PROFILE_NUMBERS)
         known = indexed and shares.shape == wanted and shares.dtype == np.float32

@@ -67,8 +67,9 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         raise IntegrityError(f"{manifest.path}: layer {first.layer}", graphs, "its parts differ in their graph")
     zones, profiles = [b.zones for b in blocks], [b.profile for b in blocks]
     scans = [b.scan for b in blocks]
-    masses = [b.key_mass for b in blocks]
-    for name, arrays in (("zones", zones), ("profile", profiles), ("scan", scans), ("mass", masses)):
+    masses, queries = [b.key_mass for b in blocks], [b.queries for b in blocks]
+    optional: dict[str, Sequence[object]] = {"zones": zones, "profile": profiles, "scan": scans, "mass": masses}
+    for name, arrays in (optional | {"queries": queries}).items():
         if len({array is None for array in arrays}) != 1:
             there = [array is not None for array in arrays]
             raise IntegrityError(f"{manifest.path}: layer {first.layer}: {name}", there, "not in all of its parts")
@@ -87,6 +88,7 @@ def join(manifest: Manifest, blocks: list[LayerBlock]) -> LayerBlock:
         zones=None if zones[0] is None else np.concatenate([z for z in zones if z is not None]),
         profile=None if profiles[0] is None else np.concatenate([p for p in profiles if p is not None]),
         key_mass=None if masses[0] is None else np.concatenate([m for m in masses if m is not None]),
+        queries=None if queries[0] is None else torch.cat([q for q in queries if q is not None]),
         index_start=first.index_start,
         key_codes=joined_codes(coded[0]) if coded[0] else None,
         value_codes=joined_codes(coded[1]) if coded[1] else None,

@@ -33,6 +33,7 @@ class Layout:
         index_start, index_rows: Rows of the index.
         scan_width, zone_width, mass_width: Bytes of a key's scan codes, of its zone and of its mass; 0 for none.
         codecs: Of keys and of values.
+        n_queries: Query vectors of a head; None: none are kept.
     """
 
     head_dim: int
@@ -46,6 +47,7 @@ class Layout:
     zone_width: int
     mass_width: int
     codecs: tuple[str, str]
+    n_queries: int | None = None
 
     @classmethod
     def of(cls, block: LayerBlock) -> Layout:
@@ -68,6 +70,7 @@ class Layout:
             zone_width=0 if block.zones is None else id_width(n_zones),
             mass_width=0 if block.key_mass is None else MASS_BYTES,
             codecs=block.codecs,
+            n_queries=None if block.queries is None else int(block.queries.shape[1]),
         )
 
     @classmethod
@@ -86,6 +89,9 @@ class Layout:
         mass_width = meta.get("mass_width", 0)
         fix = f"must be 0 or {MASS_BYTES}"
         rule(type(mass_width) is int and mass_width in (0, MASS_BYTES), "mass_width", mass_width, fix)
+        n_queries = meta.get("n_queries")
+        sound = n_queries is None or (type(n_queries) is int and 0 <= n_queries < 2**31)
+        rule(sound, "n_queries", n_queries, "must be a whole number >= 0")
         codecs = tuple(meta.get(f"{of}_codec", "none") for of in STATES)
         for of, codec in zip(STATES, codecs, strict=True):
             rule(codec == "none" or codec in BITS, f"{of}_codec", codec, f"must be none or one of {', '.join(BITS)}")
@@ -104,6 +110,7 @@ class Layout:
             zone_width=zone_width,
             mass_width=mass_width,
             codecs=codecs,  # type: ignore[arg-type]
+            n_queries=n_queries,
         )
 
     @property
@@ -128,6 +135,7 @@ class Layout:
             "index_rows": self.index_rows,
             "zone_width": self.zone_width,
             **({"mass_width": self.mass_width} if self.mass_width else {}),  # parts without are as before there was any
+            **({} if self.n_queries is None else {"n_queries": self.n_queries}),
             **codecs,
         }
 
@@ -143,6 +151,7 @@ class Layout:
         columns["code"] = self.scan_width, False
         columns["zone"] = self.zone_width, False
         columns["mass"] = self.mass_width, True
+        columns["query"] = 0 if self.n_queries is None else self.head_dim * self.item_bytes, True
         return {name: column for name, column in columns.items() if column[0]}
 
     def schema(self) -> pa.Schema:
@@ -153,6 +162,9 @@ class Layout:
     def held(self, column: str, rows: int) -> NDArray[np.bool_]:
         """In which of `rows` rows a column that is null in others holds something."""
         held = np.zeros(rows, np.bool_)
+        if column == "query":
+            held[: self.n_queries or 0] = True
+            return held
         held[self.indexed] = True
         if column in STATES:
             return ~held
@@ -168,6 +180,8 @@ class Layout:
             held = self.index_rows if null else rows
             if name in STATES and null:
                 held = rows - self.index_rows
+            elif name == "query":
+                held = self.n_queries or 0
             elif name.endswith("_group"):
                 held = -(-self.index_rows // GROUP)
             total += width * held

@@ -3,6 +3,7 @@
 A layer part has one row group per KV head and one row per token. Keys, values, neighbors and zones are
 `fixed_size_binary`, so that a column of a row group is one block of memory in the layout the engine computes with.
 Codes of keys and values, and packed neighbors, are null outside the index; what is encoded is null in other columns.
+Sampled query vectors stand in the first rows of a column of their own, whatever tokens these are.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ def _columns(block: LayerBlock, layout: Layout, head: int) -> dict[str, pa.Array
     if block.key_mass is not None:
         mass = np.ascontiguousarray(block.key_mass[head], "<f4").view(np.uint8).reshape(-1, layout.mass_width)
         columns["mass"] = some_rows(mass, layout.held("mass", rows))
+    if block.queries is not None:
+        columns["query"] = some_rows(bits(block.queries[head]), layout.held("query", rows))
     return columns
 
 
@@ -165,6 +168,7 @@ def _decode_layer(
     rows = file.metadata.row_group(0).num_rows
     fits = layout.index_start + layout.index_rows <= rows
     rule(fits, "index_rows", layout.index_rows, f"must fit {rows} rows from {layout.index_start} on")
+    rule((layout.n_queries or 0) <= rows, "n_queries", layout.n_queries, f"must fit {rows} rows")
     check_layer_bytes(file.metadata, layout.value_bytes, size, name)  # before memory is taken for it
 
     arrays, positions = _arrays(layout, len(heads), rows), None
@@ -209,6 +213,7 @@ def _decode_layer(
         zones=arrays["zone"] if layout.zone_width else None,
         profile=_profile_of(meta, stored, heads, name),
         key_mass=arrays["mass"].view("<f4")[..., 0] if layout.mass_width else None,
+        queries=None if layout.n_queries is None else _tensor(arrays["query"], dtype),
         index_start=layout.index_start,
         key_codes=coded["key"],
         value_codes=coded["value"],
@@ -232,6 +237,7 @@ def _arrays(layout: Layout, n_heads: int, rows: int) -> dict[str, NDArray[Any]]:
         "code": np.empty((*indexed, layout.scan_width), np.uint8),
         "zone": np.empty(indexed, np.int32),
         "mass": np.empty((*indexed, layout.mass_width), np.uint8),
+        "query": np.empty((n_heads, layout.n_queries or 0, layout.head_dim * layout.item_bytes), np.uint8),
     }
     for of, codec in zip(STATES, layout.codecs, strict=True):
         for name in (of, f"{of}_code", f"{of}_group"):

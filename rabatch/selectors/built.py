@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,11 @@ class BuiltIndex:
         return self.index.search(queries, k=k, effort=effort or self.effort, beta=beta)
 
 
-def built(kind: Any, opening: Opening, *, effort: int) -> BuiltIndex:
-    """An index of a class of `index/baselines` over the keys; no queries are stored that it could be built for."""
+def built(kind: Any, opening: Opening, *, effort: int, samples: Sequence[QuerySample] | None = None) -> BuiltIndex:
+    """An index of a class of `index/baselines` over the keys.
+
+    Args:
+        samples: Queries that it is built for, one sample per head. None: it is built without.
+    """
     none = [QuerySample(np.empty((0, 0), np.int32))] * len(opening.heads)
-    return BuiltIndex(kind.build(opening.keys.decode(), none, threads=opening.threads), effort)
+    return BuiltIndex(kind.build(opening.keys.decode(), samples or none, threads=opening.threads), effort)

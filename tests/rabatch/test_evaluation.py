@@ -291,6 +291,9 @@ def test_a_recipe_needs_its_columns_only():
     massive = BuildConfig(key_mass=True)
     mass = needed_bytes(Recipe(method="h2o"), tokens, GEOMETRY, massive) - needed(method="dense")
     assert mass == pytest.approx(4 * 2 * 2 * sum(tokens), rel=0.15)
+    with_queries = BuildConfig(query_vectors=True)
+    queries = needed_bytes(Recipe(method="vamana"), tokens, GEOMETRY, with_queries) - needed(method="dense")
+    assert queries == pytest.approx(1024 * 64 * 2 * 2 * 2 * len(tokens), rel=0.05)
     assert needed_bytes(Recipe(method="graph"), tokens, GEOMETRY, massive) == pytest.approx(
         needed(method="graph"), rel=0.01
     )

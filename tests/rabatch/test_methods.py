@@ -24,7 +24,7 @@ from tests.rabatch.models import save_tiny_model
 
 FULL = 1 << 20
 SINK, WINDOW, TOP_K = 16, 128, 32
-BUILD = BuildConfig(sink_tokens=SINK, window_tokens=WINDOW, key_mass=True)
+BUILD = BuildConfig(sink_tokens=SINK, window_tokens=WINDOW, key_mass=True, query_vectors=True)
 GREEDY = GenerationSettings(max_new_tokens=24)
 TAILS = [[7, 8, 9], list(range(100, 150)), [300]]
 
@@ -65,7 +65,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         ModelConfig(name=str(save_tiny_model("qwen3", folder / "model")), device="cpu", dtype="float32")
     )
     document, _ = generate_document(document_id="d", tokens=500, n_questions=2, seed=5)
-    build = BuildConfig(sink_tokens=8, window_tokens=32, kv_dtype="float32", query_top_k=16, key_mass=True)
+    kept = {"key_mass": True, "query_vectors": True}
+    build = BuildConfig(sink_tokens=8, window_tokens=32, kv_dtype="float32", query_top_k=16, **kept)
     store = new_store(folder)
     return Stored(loaded, store, store_document(loaded, store, document["text"], build), [], {})
 
@@ -105,7 +106,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     )
     document, _ = generate_document(document_id="d", tokens=500, n_questions=2, seed=5)
     build = BuildConfig(
-        sink_tokens=8, window_tokens=32, query_top_k=16, key_mass=True,
+        sink_tokens=8, window_tokens=32, query_top_k=16, query_share=1.0, key_mass=True, query_vectors=True,
         key_codec="int8", value_codec="int4", head_pattern=[[1, 1], [0, 1], [0, 0]],
     )  # fmt: skip
     store = new_store(folder)
@@ -128,6 +129,9 @@ def test_full_budget_equals_dense_where_heads_stream_and_keys_are_encoded(mixed:
         assert block.key_mass is not None
         assert block.key_mass.shape == (heads, indexed)
         assert block.key_mass.sum() > 0
+        assert block.queries is not None
+        assert block.queries.shape == (heads, block.rows, block.head_dim)  # more were sampled
+        assert len(block.queries[0].unique(dim=0)) == block.rows
 
 
 @retrieving

@@ -29,7 +29,13 @@ from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import save_tiny_model
 
 BUILD = BuildConfig(
-    sink_tokens=8, window_tokens=32, kv_dtype="float32", prefill_chunk_tokens=128, query_top_k=16, key_mass=True
+    sink_tokens=8,
+    window_tokens=32,
+    kv_dtype="float32",
+    prefill_chunk_tokens=128,
+    query_top_k=16,
+    key_mass=True,
+    query_vectors=True,
 )
 CODED = dataclasses.replace(BUILD, key_codec="int8", value_codec="kivi2")
 QUESTIONS = ["What is the gate code?", "Who manages the old mill near the river, and why?", "When?"]

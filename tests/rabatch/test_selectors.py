@@ -23,12 +23,17 @@ from rabatch.config import BuildConfig, ModelConfig, Recipe
 from rabatch.contexts import open_context
 from rabatch.demo.corpus import generate_document
 from rabatch.errors import ConfigError, FingerprintError, ModelError
-from rabatch.index.codes import KeyCodes
+from rabatch.index.base import QuerySample
+from rabatch.index.baselines.vamana import VamanaIndex
+from rabatch.index.codes import KeyCodes, encode
 from rabatch.loading import load_model
 from rabatch.selectors.infinigen import ALPHA, InfinigenIndex, InfinigenSelection, attention_modules
 from rabatch.selectors.listed import ListedKeys
+from rabatch.selectors.opening import Opening
 from rabatch.selectors.quest import PAGE_KEYS, QuestIndex
 from rabatch.selectors.snapkv import KERNEL_KEYS, WINDOW_TOKENS, SnapKvSelection
+from rabatch.selectors.vamana import open_vamana
+from rabatch.storage.blocks import LayerBlock
 from tests.rabatch.engine import new_store, store_document, tail_logits
 from tests.rabatch.models import save_tiny_model
 
@@ -236,17 +241,48 @@ def test_recipes_that_cannot_be_are_refused(tmp_path: Path) -> None:
         Recipe(method="infinigen", dense_layers=0)
     with pytest.raises(ConfigError, match="key_mass"):
         BuildConfig(key_mass=True, index="none")
+    for impossible in ({"index": "none"}, {"sample_vectors": 0}):
+        with pytest.raises(ConfigError, match="query_vectors"):
+            BuildConfig(query_vectors=True, **impossible)  # type: ignore[arg-type]
     loaded = load_model(ModelConfig(name=str(save_tiny_model("llama", tmp_path / "model")), device="cpu"))
     document, _ = generate_document(document_id="d", tokens=250, n_questions=2, seed=5)
     store = new_store(tmp_path)
     manifest = store_document(loaded, store, document["text"], BUILD)
-    with pytest.raises(FingerprintError, match="--key-mass"):
-        open_context(store, manifest, loaded, Recipe(method="h2o"))
+    for method, needed in (("h2o", "--key-mass"), ("vamana", "--query-vectors")):
+        with pytest.raises(FingerprintError, match=needed):
+            open_context(store, manifest, loaded, Recipe(method=method))  # type: ignore[arg-type]
 
 
-def test_key_mass_is_part_of_the_fingerprint_only_if_it_is_kept() -> None:
-    assert "key_mass" not in BuildConfig().stored_fields()
-    assert BuildConfig(key_mass=True).stored_fields()["key_mass"] is True
+def test_vamana_is_stitched_through_the_stored_queries() -> None:
+    """Few keys lie where queries look, so that what queries know changes the graph: it is that of the index library."""
+    rng = np.random.default_rng(0)
+    keys, queries = (rng.standard_normal((2, n, 16)).astype(np.float32) for n in (900, 60))
+    block = LayerBlock(
+        layer=0,
+        head_start=0,
+        positions=np.arange(900, dtype=np.int32),
+        keys=torch.from_numpy(keys),
+        values=torch.from_numpy(keys),
+        queries=torch.from_numpy(queries),
+    )
+    opening = Opening(Recipe(method="vamana"), block, np.arange(2), encode(keys), 1)
+    samples = [QuerySample(np.empty((60, 0), np.int32), of_head) for of_head in queries]
+    asked = rng.standard_normal((2, 20, 16)).astype(np.float32)
+    found = open_vamana(opening).search(asked, k=10)
+    wanted = VamanaIndex.build(keys, samples).search(asked, k=10, effort=200)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.visited, wanted.visited)
+    none = [QuerySample(np.empty((0, 0), np.int32))] * 2
+    assert not np.array_equal(found.visited, VamanaIndex.build(keys, none).search(asked, k=10, effort=200).visited)
+
+
+@pytest.mark.parametrize("name", ["key_mass", "query_vectors"])
+def test_what_few_methods_need_is_part_of_the_fingerprint_only_if_it_is_kept(name: str) -> None:
+    assert name not in BuildConfig().stored_fields()
+    assert BuildConfig(**{name: True}).stored_fields()[name] is True  # type: ignore[arg-type]
+
+
+def test_dense_layers_are_written_down_only_if_they_are_given() -> None:
     assert "dense_layers" not in Recipe().to_dict()
     given = Recipe(method="quest", dense_layers=0)
     assert Recipe.from_dict(given.to_dict()) == given

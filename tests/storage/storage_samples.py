@@ -55,12 +55,13 @@ def make_block(
     n_zones: int | None = 4,
     profiled: bool = True,
     massed: bool = False,
+    n_queries: int | None = None,
     first_position: int = 0,
     seed: int = 0,
 ) -> LayerBlock:
     torch_random, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     keys, values = (torch.randn(n_heads, rows, head_dim, generator=torch_random).to(dtype) for _ in range(2))
-    neighbors = entries = scan = zones = profile = mass = None
+    neighbors = entries = scan = zones = profile = mass = queries = None
     coded = degree is not None if coded is None else coded  # unless told, with a graph and only then
     if degree is not None:
         neighbors = random.integers(-1, max(index_rows, 0), (n_heads, index_rows, degree)).astype(np.int32)
@@ -75,6 +76,8 @@ def make_block(
             profile = np.sort(random.random((n_heads, PROFILE_NUMBERS), np.float32), axis=1)
         if massed:
             mass = random.random((n_heads, index_rows), np.float32)
+        if n_queries is not None:
+            queries = torch.randn(n_heads, n_queries, head_dim, generator=torch_random).to(dtype)
     return LayerBlock(
         layer=layer,
         head_start=0,
@@ -87,6 +90,7 @@ def make_block(
         zones=zones,
         profile=profile,
         key_mass=mass,
+        queries=queries,
         index_start=index_start if degree is not None or coded else 0,
     )
 

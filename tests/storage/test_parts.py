@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storage_samples import make_block, make_tokens
 
 from rabatch.errors import IntegrityError, StoreError
+from rabatch.storage.blocks import bits
 from rabatch.storage.parts import LayerBlock, decode_layer, decode_tokens, encode_layer, encode_tokens
 from rabatch.storage.scan_codes import ScanCodes
 
@@ -42,6 +43,7 @@ def blocks(draw: st.DrawFn) -> LayerBlock:
         n_zones=draw(st.none() | st.integers(1, 9)),
         profiled=draw(st.booleans()),
         massed=draw(st.booleans()),
+        n_queries=draw(st.none() | st.integers(0, rows)),
         first_position=draw(st.integers(0, 1000)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -217,6 +219,33 @@ def test_lying_mass_is_refused(width: object) -> None:
         decode_layer(sink.getvalue(), name="the-part", expect=NAMED)
 
 
+def test_queries_stand_in_the_first_rows_and_nowhere_if_they_are_not_kept() -> None:
+    block, without = make_block(n_queries=5), make_block()
+    stored, plain = (pq.ParquetFile(pa.BufferReader(encode_layer(b, **NAMED))) for b in (block, without))
+    assert "query" not in plain.schema_arrow.names
+    assert b"n_queries" not in plain.schema_arrow.metadata
+    assert block.queries is not None
+    column = stored.read_row_group(1).column("query").to_pylist()
+    assert column == [row.tobytes() for row in bits(block.queries[1])] + [None] * 15
+    back = decode_layer(encode_layer(block, **NAMED), name="part", heads=range(1, 2))
+    assert back.equals(block.select(range(1, 2)))
+    for other in (block.queries.flip(1), None):
+        assert not LayerBlock(**{**vars(block), "queries": other}).equals(block)
+        assert not block.equals(LayerBlock(**{**vars(block), "queries": other}))
+
+
+@pytest.mark.parametrize("number", [4, 6, 21, -1, True, None, "5"])
+def test_a_lying_number_of_queries_is_refused(number: object) -> None:
+    file = pq.ParquetFile(pa.BufferReader(encode_layer(make_block(n_queries=5), **NAMED)))
+    metadata = {**file.schema_arrow.metadata, b"n_queries": json.dumps(number).encode()}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, file.schema_arrow.with_metadata(metadata), use_dictionary=False) as writer:
+        for i in range(2):
+            writer.write_table(file.read_row_group(i).replace_schema_metadata(metadata))
+    with pytest.raises(IntegrityError, match="the-part"):
+        decode_layer(sink.getvalue(), name="the-part", expect=NAMED)
+
+
 def test_split_covers_the_heads() -> None:
     block = make_block(n_heads=5)
     pieces = list(block.split(max_bytes=2 * 20 * (8 * 4 + 4 * 4 + 4 + 4 + 2)))
@@ -249,6 +278,12 @@ def test_split_covers_the_heads() -> None:
         ({"key_mass": np.full((2, 12), -1, np.float32)}, "mass"),
         ({"key_mass": np.full((2, 12), np.nan, np.float32)}, "mass"),
         ({**BARE, "zones": None, "profile": None, "key_mass": np.zeros((2, 0), np.float32)}, "mass"),
+        ({"queries": torch.zeros(2, 21, 8, dtype=torch.bfloat16)}, "queries"),
+        ({"queries": torch.zeros(1, 5, 8, dtype=torch.bfloat16)}, "queries"),
+        ({"queries": torch.zeros(2, 5, 7, dtype=torch.bfloat16)}, "queries"),
+        ({"queries": torch.zeros(2, 5, 8)}, "queries"),
+        ({"queries": torch.full((2, 5, 8), torch.nan, dtype=torch.bfloat16)}, "queries"),
+        ({**BARE, "zones": None, "profile": None, "queries": torch.zeros(2, 0, 8, dtype=torch.bfloat16)}, "queries"),
         ({"scan": codes(codes=np.zeros((2, 11, 2), np.uint8))}, "codes"),
         ({"scan": codes(codes=np.zeros((2, 12, 3), np.uint8))}, "codes"),
         ({"scan": codes(codes=np.zeros((2, 12, 2), np.int8))}, "codes"),
