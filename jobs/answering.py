@@ -98,8 +98,10 @@ class AnswerActor:
             cache=settings.cache_dir or default_cache_folder(),
             cache_bytes=settings.cache_bytes,
         )
-        urls = settings.answers_urls
-        self._answers = [url and AnswerStore(url, storage_options=settings.storage_options) for url in urls]
+        self._answers = [
+            None if url is None else AnswerStore(url, storage_options=settings.storage_options)
+            for url in settings.answers_urls
+        ]
         limit_threads(settings.threads)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -125,7 +127,7 @@ class AnswerActor:
         failed = [[place, row["reason"]] for place, row in enumerate(rows) if row["status"] != "ok"]
         table, data = pa.Table.from_pylist(rows, STORED_ANSWERS), b""
         store = self._answers[number]
-        if not store:
+        if store is None:
             data = encode(table)
         elif len(failed) < len(rows):
             try:
