@@ -3,8 +3,8 @@
 A best-first search sees what is near to where it began. In text that repeats itself, thousands of keys are about
 equally near to a query, fill its list, and lead to each other only: the few keys that differ are never seen. So most
 entry points are the farthest-first traversal of the keys (Gonzalez 1985, Clustering to minimize the maximum
-intercluster distance): no key is farther from its nearest entry point than twice the least radius that as many points
-could have.
+intercluster distance): no key is farther from its nearest entry point than twice the least radius that as many points,
+the wanted ones not counted, could have.
 """
 
 from __future__ import annotations
