@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rabatch.config import GenerationSettings, ModelConfig, Recipe, Resources
@@ -20,7 +20,7 @@ from rabatch.exporting import write_windows
 from rabatch.fingerprint import check_heads, model_fields
 from rabatch.jobs import cluster
 from rabatch.jobs.asking import Asked
-from rabatch.jobs.catalog import Catalog, join, read_entries
+from rabatch.jobs.catalog import Catalog, Stored, join, read_entries
 from rabatch.jobs.observing import Observer
 from rabatch.jobs.results import AnswerResult, Failures
 from rabatch.jobs.rows import question_of, read_unit
@@ -156,7 +156,8 @@ def answer_with(
     places = {f"answers {n}" if several else "answers": output for n, (_, output) in enumerate(recipes, 1)}
     observer.begin("answer", places={"questions": questions, "store": store, **places}, settings=about)
     damaged: list[str] = []
-    indexes = list(read_entries(index, on_error=lambda path, error: damaged.append(path)))
+    indexes: Iterable[Stored] = read_entries(index, on_error=lambda path, error: damaged.append(path))
+    indexes = list(indexes) if several else indexes  # in a large store those of other models are not held
     which: dict[str, Any] = {"fingerprint": fingerprint, "damaged": damaged, "only": documents}
     said, jobs, reused = [], [], []
     for (recipe, _), answers in zip(recipes, stores, strict=True):
