@@ -18,6 +18,7 @@ from rabatch.index.compiled import read_only
 _KEYS_PER_ENTRY = 32
 """A search scores all entry points: a small graph has no more than one in so many keys."""
 _WANTED = 16
+_FAR = 8
 _MAX_COVER_QUERIES = 16384
 
 
@@ -62,39 +63,47 @@ def _wanted(query_topk: NDArray[np.int32], n_keys: int, n: int) -> list[int]:
 def _spread(keys, entries, n_given):  # type: ignore[no-untyped-def]
     """Fill `entries` behind its first `n_given`; how many there are. The rule is that of `spread_naive`.
 
-    A key whose nearest entry point is at most half as far from it as from the new one cannot be nearer to the new
-    one: most keys are passed over so.
+    Distances to the nearest entry point only fall. So those of the keys that were nearer than the farthest eighth wait
+    until one of them could be the farthest of all: at 16K keys a fifth of the time, at 128K three quarters.
     """
-    n_keys, dim = keys.shape
-    nearest = np.full(n_keys, np.inf, np.float32)  # squared distance to the nearest entry point
-    owner = np.zeros(n_keys, np.int32)  # number of that entry point
-    between = np.empty(len(entries), np.float32)
-    farthest = 0
-    for e in range(len(entries)):
-        if e >= n_given:
-            if nearest[farthest] <= 0:
-                return e
-            entries[e] = farthest
-        point = entries[e]
-        for o in range(e):
-            total = np.float32(0.0)
-            for t in range(dim):
-                step = keys[point, t] - keys[entries[o], t]
-                total += step * step
-            between[o] = total
-        for key in range(n_keys):
-            if e == 0 or between[owner[key]] < 4 * nearest[key]:
-                total = np.float32(0.0)
-                for t in range(dim):
-                    step = keys[point, t] - keys[key, t]
-                    total += step * step
-                if total < nearest[key]:
-                    nearest[key], owner[key] = total, e
-        farthest = 0
-        for key in range(n_keys):
-            if nearest[key] > nearest[farthest]:
-                farthest = key
+    n_keys = len(keys)
+    nearest = np.full(n_keys, np.inf, np.float32)  # squared distance to the nearest of the first `counted` entry points
+    counted = np.zeros(n_keys, np.int32)
+    every = np.arange(n_keys)
+    far, n_far = every.copy(), n_keys
+    least = np.float32(np.inf)  # of the keys in `far`, when they were chosen: no other is farther
+    place = n_keys - max(n_keys // _FAR, 1)
+    for e in range(n_given, len(entries)):
+        farthest = _farthest(keys, entries, e, far[:n_far], nearest, counted)
+        if nearest[farthest] < least:
+            farthest = _farthest(keys, entries, e, every, nearest, counted)
+            least = np.partition(nearest, place)[place]
+            n_far = 0
+            for key in range(n_keys):
+                if nearest[key] >= least:
+                    far[n_far] = key
+                    n_far += 1
+        if nearest[farthest] <= 0:
+            return e
+        entries[e] = farthest
     return len(entries)
+
+
+@compiled
+def _farthest(keys, entries, n_entries, among, nearest, counted):  # type: ignore[no-untyped-def]
+    """The key of `among`, ascending, that is farthest from the first `n_entries`; of several the first."""
+    farthest = among[0]
+    for key in among:
+        for e in range(counted[key], n_entries):
+            total = np.float32(0.0)
+            for t in range(keys.shape[1]):
+                step = keys[entries[e], t] - keys[key, t]
+                total += step * step
+            nearest[key] = min(nearest[key], total)
+        counted[key] = n_entries
+        if nearest[key] > nearest[farthest]:
+            farthest = key
+    return farthest
 
 
 def spread_naive(keys: NDArray[np.float32], entries: list[int], n: int) -> list[int]:
