@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabatch.compiling import compiled
-from rabatch.index.compiled import read_only
+from rabatch.index.compiled import read_only, run_ranges
 
 _KEYS_PER_ENTRY = 32
 """A search scores all entry points: a small graph has no more than one in so many keys."""
@@ -27,7 +27,9 @@ def most_entries(n_keys: int, entry_points: int) -> int:
     return min(entry_points, max(1, n_keys // _KEYS_PER_ENTRY), n_keys)
 
 
-def choose_entries(keys: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int) -> NDArray[np.int32]:
+def choose_entries(
+    keys: NDArray[np.float32], query_topk: NDArray[np.int32], entry_points: int, *, threads: int = 1
+) -> NDArray[np.int32]:
     """Entry points of one graph, no key twice; fewer than asked for where the keys are few or equal to each other.
 
     Args:
@@ -43,7 +45,7 @@ def choose_entries(keys: NDArray[np.float32], query_topk: NDArray[np.int32], ent
     if not wanted:
         wanted = [int(np.einsum("nd,nd->n", keys, keys).argmin())]
     entries[: len(wanted)] = wanted
-    return entries[: _spread(read_only(keys), entries, len(wanted))]
+    return entries[: _spread(read_only(keys), entries, len(wanted), threads)]
 
 
 def _wanted(query_topk: NDArray[np.int32], n_keys: int, n: int) -> list[int]:
@@ -59,8 +61,7 @@ def _wanted(query_topk: NDArray[np.int32], n_keys: int, n: int) -> list[int]:
     return found
 
 
-@compiled
-def _spread(keys, entries, n_given):  # type: ignore[no-untyped-def]
+def _spread(keys: NDArray[np.float32], entries: NDArray[np.int32], n_given: int, threads: int) -> int:
     """Fill `entries` behind its first `n_given`; how many there are. The rule is that of `spread_naive`.
 
     Distances to the nearest entry point only fall. So those of the keys that were nearer than the farthest eighth wait
@@ -70,22 +71,21 @@ def _spread(keys, entries, n_given):  # type: ignore[no-untyped-def]
     nearest = np.full(n_keys, np.inf, np.float32)  # squared distance to the nearest of the first `counted` entry points
     counted = np.zeros(n_keys, np.int32)
     every = np.arange(n_keys)
-    far, n_far = every.copy(), n_keys
-    least = np.float32(np.inf)  # of the keys in `far`, when they were chosen: no other is farther
+    far, least = every[:1], np.float32(np.inf)  # no key beside `far` is farther than `least`; nothing is known yet
     place = n_keys - max(n_keys // _FAR, 1)
-    for e in range(n_given, len(entries)):
-        farthest = _farthest(keys, entries, e, far[:n_far], nearest, counted)
+    for number in range(n_given, len(entries)):
+        farthest = _farthest(keys, entries, number, far, nearest, counted)
         if nearest[farthest] < least:
-            farthest = _farthest(keys, entries, e, every, nearest, counted)
-            least = np.partition(nearest, place)[place]
-            n_far = 0
-            for key in range(n_keys):
-                if nearest[key] >= least:
-                    far[n_far] = key
-                    n_far += 1
+
+            def count(start: int, stop: int, number: int = number) -> None:
+                _farthest(keys, entries, number, every[start:stop], nearest, counted)
+
+            run_ranges(count, n_keys, threads=threads)
+            farthest, least = int(nearest.argmax()), np.partition(nearest, place)[place]
+            far = np.flatnonzero(nearest >= least)
         if nearest[farthest] <= 0:
-            return e
-        entries[e] = farthest
+            return number
+        entries[number] = farthest
     return len(entries)
 
 

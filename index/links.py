@@ -89,7 +89,7 @@ def build_graph(
 
     run_ranges(link, n_keys, threads=threads)
     _add_reverse(neighbors, counts)
-    return Graph(neighbors, choose_entries(centered, query_topk, config.entry_points))
+    return Graph(neighbors, choose_entries(centered, query_topk, config.entry_points, threads=threads))
 
 
 def _co_occurrence(query_topk: NDArray[np.int32], n_keys: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
