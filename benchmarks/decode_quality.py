@@ -79,7 +79,7 @@ class _Errors:
         self.dense = attention(Recipe(method="dense"))
         self.others = {name: attention(recipe) for name, recipe in recipes.items()}
         self.errors: dict[tuple[str, int], list[float]] = defaultdict(list)
-        self.tails = self.dense.tails
+        self.tails, self.selection = self.dense.tails, self.dense.selection
 
     def begin(self, *args: Any, **options: Any) -> Tensor:
         for other in self.others.values():
