@@ -233,7 +233,7 @@ def recipe_of(method: str) -> Recipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2K tokens, 4 questions")
+    parser.add_argument("--quick", action="store_true", help="4K tokens, 4 questions")
     parser.add_argument("--model", choices=("demo", "random"), default="demo")
     parser.add_argument("--lengths", default="8192,32768,131072")
     parser.add_argument("--questions", default="1,16,64")
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with llama-cpp-python and gguf")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lengths, counts = ([2048], [1, 4]) if args.quick else (
+    lengths, counts = ([4096], [1, 4]) if args.quick else (
         [int(n) for n in args.lengths.split(",")], [int(n) for n in args.questions.split(",")]
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="rabatch-bench-") as made:
