@@ -88,23 +88,21 @@ def answer(
         FailedRowsError: More than `max_failed_rows` failed. What is answered is kept for the next run.
         RabatchError: The job as a whole cannot run: no such questions, model or store.
     """
-    recipe = Recipe(method=recipe) if isinstance(recipe, str) else recipe or Recipe()
     [result] = answer_with(
-        [(recipe, output)],
+        [(Recipe(method=recipe) if isinstance(recipe, str) else recipe or Recipe(), output)],
         questions,
         store=store,
-        model=model,
-        generation=generation,
-        export=export,
-        resources=resources,
+        model=model_settings(model),
+        generation=generation or GenerationSettings(),
+        resources=resources or Resources(),
         address=address,
-        storage_options=storage_options,
+        storage_options=dict(storage_options or {}),
         fingerprint=fingerprint,
         documents=documents,
-        definition_sha256=definition_sha256,
         max_failed_rows=max_failed_rows,
-        progress=progress,
-        observer=observer,
+        observer=observer or Observer(progress=progress),
+        export=export,
+        definition_sha256=definition_sha256,
     )
     return result
 
@@ -114,18 +112,17 @@ def answer_with(
     questions: Source,
     *,
     store: Place,
-    model: ModelConfig | str | None = None,
-    generation: GenerationSettings | None = None,
-    export: bool = True,
-    resources: Resources | None = None,
-    address: str | None = None,
-    storage_options: dict[str, Any] | None = None,
-    fingerprint: str | None = None,
-    documents: Mapping[str, str | None] | None = None,
+    model: ModelConfig,
+    generation: GenerationSettings,
+    resources: Resources,
+    address: str | None,
+    storage_options: dict[str, Any],
+    fingerprint: str | None,
+    documents: Mapping[str, str | None] | None,
+    max_failed_rows: int | None,
+    observer: Observer,
+    export: bool = False,
     definition_sha256: str | None = None,
-    max_failed_rows: int | None = None,
-    progress: bool = True,
-    observer: Observer | None = None,
 ) -> list[AnswerResult]:
     """Ask the same questions once per recipe, by the same actors: each loads the model once.
 
@@ -134,24 +131,20 @@ def answer_with(
             for each recipe.
 
     Returns:
-        One result per recipe; their `seconds` are those of the whole.
+        One result per recipe; their `seconds` are those of the whole. Each is committed by itself.
     """
     began = time.perf_counter()
-    generation, resources = generation or GenerationSettings(), resources or Resources()
-    options = dict(storage_options or {})
-    settings = model_settings(model)
-    model_fields(resolved_model(settings, has_cuda=False))  # a missing model is found before Ray starts
+    model_fields(resolved_model(model, has_cuda=False))  # a missing model is found before Ray starts
     for recipe, _ in recipes:
-        check_heads(recipe, geometry_of(read_config(settings)))
-    index = IndexStore(cluster.worker_url(store, "store"), storage_options=options)
-    stores = [_answers_store(output, options) for _, output in recipes]
+        check_heads(recipe, geometry_of(read_config(model)))
+    index = IndexStore(cluster.worker_url(store, "store"), storage_options=storage_options)
+    stores = [_answers_store(output, storage_options) for _, output in recipes]
     connected = cluster.connect(address)
-    units = list_units(questions, field="questions", storage_options=options, suffixes=JSONL + PARQUET)
+    units = list_units(questions, field="questions", storage_options=storage_options, suffixes=JSONL + PARQUET)
     asked = [question_of(record) for unit in units.units for record in read_unit(units, unit)]
-    settings = resolved_model(settings, has_cuda=connected.gpus > 0)
-    observer = observer or Observer(progress=progress)
+    model = resolved_model(model, has_cuda=connected.gpus > 0)
     several = len(recipes) > 1
-    about: dict[str, Any] = {"model": settings, "generation": generation, "resources of answering": resources}
+    about: dict[str, Any] = {"model": model, "generation": generation, "resources of answering": resources}
     about |= {f"recipe {n}" if several else "recipe": recipe for n, (recipe, _) in enumerate(recipes, 1)}
     places = {f"answers {n}" if several else "answers": output for n, (_, output) in enumerate(recipes, 1)}
     observer.begin("answer", places={"questions": questions, "store": store, **places}, settings=about)
@@ -159,40 +152,38 @@ def answer_with(
     indexes: Iterable[Stored] = read_entries(index, on_error=lambda path, error: damaged.append(path))
     indexes = list(indexes) if several else indexes  # in a large store those of other models are not held
     which: dict[str, Any] = {"fingerprint": fingerprint, "damaged": damaged, "only": documents}
-    said, jobs, reused = [], [], []
+    jobs = []
     for (recipe, _), answers in zip(recipes, stores, strict=True):
-        deciding: dict[str, Any] = {"recipe": recipe.deciding_fields(), "generation": generation.to_dict()}
-        keys = AnswerKeys({**deciding, "context_template": settings.context_template})
-        said.append({**deciding, "model": settings.to_dict()})
-        pairs, refused = join(asked, Catalog(indexes, digest_of(model_fields(settings)), recipe, **which), keys)
+        keys = AnswerKeys({**_deciding(recipe, generation), "context_template": model.context_template})
+        pairs, refused = join(asked, Catalog(indexes, digest_of(model_fields(model)), recipe, **which), keys)
         failures = Failures("questions", max_failed_rows, observer.failed)
-        of_run: dict[str, Any] = {"keys": keys, "recipe": recipe, "model": settings}
+        of_run: dict[str, Any] = {"keys": keys, "recipe": recipe, "model": model}
         jobs.append(Asked(asked, pairs, refused, **of_run, store=answers, failures=failures))
-        reused.append(jobs[-1].find_answered())
-        observer.known("reused", reused[-1])
+        observer.known("reused", jobs[-1].find_answered())
     ask_all(
         jobs,
         store=index,
-        storage_options=options,
-        model=settings,
+        storage_options=storage_options,
+        model=model,
         generation=generation,
         resources=resources,
         address=address,
         observer=observer,
     )
     results = []
-    for (_, output), answers, job, known, settings_said in zip(recipes, stores, jobs, reused, said, strict=True):
-        run = job.commit(
-            definition_sha256=definition_sha256 or fingerprint_of(settings_said),
-            settings=settings_said,
-            reused=known,
-            seconds=time.perf_counter() - began,
-        )
-        if answers is not None and export:
-            write_windows(answers.folder, "answers", job.windows())
-        seconds = time.perf_counter() - began
-        results.append(_result(job, reused=known, output=output, run=run, seconds=seconds))
+    for (recipe, output), job in zip(recipes, jobs, strict=True):
+        said = {**_deciding(recipe, generation), "model": model.to_dict()}
+        of = definition_sha256 or fingerprint_of(said)
+        run = job.commit(definition_sha256=of, settings=said, seconds=time.perf_counter() - began)
+        if job.store is not None and export:
+            write_windows(job.store.folder, "answers", job.windows())
+        results.append(_result(job, output=output, run=run, seconds=time.perf_counter() - began))
     return results
+
+
+def _deciding(recipe: Recipe, generation: GenerationSettings) -> dict[str, Any]:
+    """What answers go by beside model, index and question."""
+    return {"recipe": recipe.deciding_fields(), "generation": generation.to_dict()}
 
 
 def _answers_store(output: Place | None, options: dict[str, Any]) -> AnswerStore | None:
@@ -202,13 +193,13 @@ def _answers_store(output: Place | None, options: dict[str, Any]) -> AnswerStore
     return AnswerStore(cluster.worker_url(output, "output"), create=True, storage_options=options)
 
 
-def _result(job: Asked, *, reused: int, output: Place | None, run: int | None, seconds: float) -> AnswerResult:
+def _result(job: Asked, *, output: Place | None, run: int | None, seconds: float) -> AnswerResult:
     tally, failed = job.tally, job.failures
     judged = sum(q["expected"] is not None for q in job.all_questions())
     return AnswerResult(
         answered=tally.answered,
         failed=failed.count,
-        reused=reused,
+        reused=job.reused,
         superseded=job.superseded,
         exact_match=tally.matched / judged if judged else None,
         attended_share=tally.share_sum / tally.shares if tally.shares else None,

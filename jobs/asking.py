@@ -61,6 +61,8 @@ class Asked:
         self.failures = failures
         self.tally = Tally()
         self.superseded = 0
+        self.reused = 0
+        """Pairs that earlier runs have answered."""
         self.recipe, self.store = recipe, store
         self._keys, self._model = keys, model
         self._numbers = {pair.key: number for number, pair in enumerate(pairs)}
@@ -97,7 +99,8 @@ class Asked:
                 continue
             if self._see(name, table):
                 self._waiting.add(name)
-        return len(self.pairs) - len(self.open_pairs())
+        self.reused = len(self.pairs) - len(self.open_pairs())
+        return self.reused
 
     def asks(self, batch: Batch) -> Row:
         """A batch as an actor takes it."""
@@ -142,7 +145,7 @@ class Asked:
         self._reasons[number] = reason
         self.failures.add(self._name(pair.order, pair.stored.document_id), reason)
 
-    def commit(self, *, definition_sha256: str, settings: Row, reused: int, seconds: float) -> int | None:
+    def commit(self, *, definition_sha256: str, settings: Row, seconds: float) -> int | None:
         """Commit what is new as one run; its number, or None if nothing is.
 
         A row is new if it is not the latest of its pair already. So no answer is stored twice, whoever else commits
@@ -171,7 +174,7 @@ class Asked:
                 definition_sha256=definition_sha256,
                 parts=tuple(parts),
                 settings=settings,
-                counts={"answered": n_ok, "failed": sum(p.rows for p in parts) - n_ok, "reused": reused},
+                counts={"answered": n_ok, "failed": sum(p.rows for p in parts) - n_ok, "reused": self.reused},
                 seconds=seconds,
             )
             if self.store.commit(run):

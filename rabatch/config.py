@@ -17,8 +17,6 @@ from rabatch.traits import COMPARED, METHODS, TRAITS, Method, Traits
 
 DTYPES = ("float32", "bfloat16", "float16")
 IndexKind = Literal["graph+scan", "graph", "scan", "none"]
-_SCANNED_KEYS = 1 << 15
-"""Up to so many keys four candidates per key that is wanted find .97 and more of the mass (docs/decode.md)."""
 INDEX_KINDS: tuple[IndexKind, ...] = ("graph+scan", "graph", "scan", "none")
 
 Codec = Literal["none", "int8", "int4", "kivi2"]
@@ -222,7 +220,7 @@ class Recipe(WithHeads):
         self.resolve_heads()
         self.one_of("method", METHODS)
         if self.dense_layers is not None:
-            self.at_least(1 if self.method == "infinigen" else 0, "dense_layers")
+            self.at_least(self.traits.least_dense_layers, "dense_layers")
         self.at_least(1, "top_k")
         self.at_least(0, "search_list")
         self.at_least(1, "tail_tokens")
@@ -270,8 +268,8 @@ class Recipe(WithHeads):
     def candidates(self, n_keys: int) -> int:
         """The number of candidates of a search of so many keys; never below `top_k`."""
         several: float = self.traits.candidates_per_key
-        if self.method == "scan":
-            several *= max(1.0, math.sqrt(n_keys / _SCANNED_KEYS))
+        if self.traits.enough_up_to is not None:
+            several *= max(1.0, math.sqrt(n_keys / self.traits.enough_up_to))
         return max(self.search_list or round(several * self.top_k), self.top_k)
 
 

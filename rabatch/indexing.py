@@ -16,7 +16,7 @@ from rabatch.errors import KeysError
 from rabatch.index.base import QuerySample
 from rabatch.index.compiled import run_tasks
 from rabatch.index.entries import most_entries
-from rabatch.index.graph import build_layer
+from rabatch.index.graph import build_layer, thinned
 from rabatch.index.profile import GRID, mass_profile
 from rabatch.index.scan import ScanIndex
 from rabatch.index.zones import partition
@@ -73,9 +73,7 @@ def layer_block(unit: Unit, build: BuildConfig, *, threads: int = 1) -> LayerBlo
             mass = unit_array(unit["mass"], np.float32).reshape(heads, -1)
             mass = mass if mass.size else np.zeros((heads, stop - start), np.float32)  # no query was sampled
         if build.query_vectors:
-            sampled = unit_array(unit["queries"], np.float32).reshape(heads, -1, geometry.head_dim)
-            kept = np.unique(np.linspace(0, max(sampled.shape[1] - 1, 0), min(sampled.shape[1], rows)).astype(int))
-            queries = torch.from_numpy(sampled[:, kept]).to(keys.dtype)
+            queries = torch.stack([torch.from_numpy(thinned(s, rows).queries) for s in samples]).to(keys.dtype)
         profile = _profile(unit, build, keys, (start, stop), threads=threads)
     positions = static_rows(n_tokens, build) if streaming else np.arange(n_tokens - rows, n_tokens)
     block = LayerBlock(

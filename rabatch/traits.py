@@ -27,28 +27,35 @@ class Traits:
     Args:
         reads: What it reads of an index beside keys and values. With zones it can estimate what is not retrieved.
         build: Fields of `BuildConfig` without which an index does not serve it.
-        dense_layers: First layers in which every key is attended, as published.
+        dense_layers: First layers in which every key is attended, as published; and `least_dense_layers`, without which
+            it cannot be.
         observes_questions: Keys are chosen by the attention of the question's own tokens, which is exact then.
         falling_budget: The budget always falls over the layers.
         page_keys: Keys are taken in pages of so many.
         candidates_per_key: Of a search, for each key that is wanted.
+        enough_up_to: Keys of an index up to which these are enough; past them they grow with its root. None: always.
     """
 
     reads: frozenset[Column] = frozenset()
     build: Mapping[str, Any] = field(default_factory=dict)
     dense_layers: int = 0
+    least_dense_layers: int = 0
     observes_questions: bool = False
     falling_budget: bool = False
     page_keys: int = 1
     candidates_per_key: int = 2
+    enough_up_to: int | None = None
 
+
+_SCANNED_KEYS = 1 << 15
+"""Up to so many keys four candidates per key that is wanted find .97 and more of the mass (docs/decode.md)."""
 
 TRAITS: Mapping[Method, Traits] = {
     "dense": Traits(),
     "streaming": Traits(),
     "flat": Traits(reads=frozenset({"zones"})),
     "graph": Traits(reads=frozenset({"graph", "zones"})),
-    "scan": Traits(reads=frozenset({"codes", "zones"}), candidates_per_key=4),
+    "scan": Traits(reads=frozenset({"codes", "zones"}), candidates_per_key=4, enough_up_to=_SCANNED_KEYS),
     "auto": Traits(reads=frozenset({"graph", "codes", "zones"})),
     "ivf": Traits(),
     "hnsw": Traits(),
@@ -57,5 +64,5 @@ TRAITS: Mapping[Method, Traits] = {
     "snapkv": Traits(observes_questions=True),
     "pyramidkv": Traits(observes_questions=True, falling_budget=True),
     "h2o": Traits(reads=frozenset({"mass"}), build={"key_mass": True}),
-    "infinigen": Traits(dense_layers=1),
+    "infinigen": Traits(dense_layers=1, least_dense_layers=1),
 }

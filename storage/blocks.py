@@ -230,7 +230,12 @@ def check_layer(block: LayerBlock, error: type[StoreError], name: str) -> None:
         known = known and queries.shape[2] == shape[2] and queries.dtype == block.keys.dtype
         about = (tuple(queries.shape), str(queries.dtype))
         rule(indexed and known, "queries", about, f"must be {list(most)} in the dtype of the keys, with an index")
-        rule(bool(torch.isfinite(queries).all()), "queries", "not finite", "must be finite")
+        rule(
+            bool(torch.isfinite(queries).all()),
+            "queries",
+            "not finite",
+            "must be finite; another dtype of keys and values may hold them",
+        )
     if block.profile is not None:
         shares, wanted = block.profile, (shape[0], PROFILE_NUMBERS)
         known = indexed and shares.shape == wanted and shares.dtype == np.float32

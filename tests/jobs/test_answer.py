@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from answer_samples import files
 
-from rabatch.config import GenerationSettings, Resources
+from rabatch.config import GenerationSettings, ModelConfig, Recipe, Resources
 from rabatch.errors import SourceError, StoreError
-from rabatch.jobs.answer import answer
+from rabatch.jobs.answer import answer, answer_with
+from rabatch.jobs.asking import Asked
+from rabatch.jobs.observing import Observer
 from rabatch.records import ANSWERS
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,45 @@ def test_a_rerun_asks_only_what_is_not_answered(answered, demo_store):
     assert {path: data for path, data in files(output).items() if "answers." not in path} == {
         path: data for path, data in before.items() if "answers." not in path
     }
+
+
+def test_killed_between_the_commits_of_two_recipes(demo_store, tmp_path, monkeypatch):
+    """Nothing is asked again; and a recipe that the index does not serve fails its own questions only."""
+    questions = demo_store.questions[:3]
+    methods = ("dense", "streaming", "h2o")
+
+    def ask():
+        return answer_with(
+            [(Recipe(method=method), tmp_path / method) for method in methods],
+            questions,
+            store=demo_store.store,
+            model=ModelConfig(),
+            generation=SHORT,
+            resources=Resources(),
+            address=None,
+            storage_options={},
+            fingerprint=None,
+            documents=None,
+            max_failed_rows=None,
+            observer=Observer(progress=False),
+        )
+
+    commit = Asked.commit
+
+    def killed(job, **about):
+        if job.recipe.method == "streaming":
+            raise KeyboardInterrupt
+        return commit(job, **about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asked, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    dense, streaming, h2o = ask()
+    assert [(one.reused, one.answered, one.failed) for one in (dense, streaming)] == [(3, 3, 0)] * 2
+    assert (dense.run, streaming.run) == (None, 1), "what was committed stands, what was answered is committed now"
+    assert (h2o.answered, h2o.failed) == (0, 3)
+    assert all("--key-mass" in row["reason"] for row in h2o.rows)
 
 
 @pytest.mark.slow

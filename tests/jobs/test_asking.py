@@ -64,7 +64,7 @@ class Run:
         return self
 
     def commit(self):
-        return self.job.commit(definition_sha256="d", settings={}, reused=self.reused, seconds=0.0)
+        return self.job.commit(definition_sha256="d", settings={}, seconds=0.0)
 
     def rows(self):
         return [row for window in self.job.windows() for row in window]
